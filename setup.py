@@ -3,6 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -15,6 +16,17 @@ def lines(key: str) -> list[str]:
 
 
 name = settings["lib_name"]
+
+
+class BuildWithConfig(build_py):
+    "config/ stands at the top of the repository; in the wheel it is the folder musiclab/config_files."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(str(here / "config"), str(Path(self.build_lib, name, "config_files")))
+
+
 setup(
     name=name,
     version=settings["version"],
@@ -29,8 +41,6 @@ setup(
     install_requires=lines("requirements"),
     extras_require={key.removeprefix("extra_"): lines(key) for key in settings if key.startswith("extra_")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{name} = {name}._modidx:d"]},
-    # config/ stands at the top of the repository, and travels in the wheel as the package musiclab.config_files
-    packages=find_packages(include=[name, f"{name}.*"]) + [f"{name}.config_files"],
-    package_dir={f"{name}.config_files": "config"},
-    package_data={f"{name}.config_files": ["**/*"]},
+    packages=find_packages(include=[name, f"{name}.*"]),
+    cmdclass={"build_py": BuildWithConfig},
 )
