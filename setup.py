@@ -42,5 +42,6 @@ setup(
     extras_require={key.removeprefix("extra_"): lines(key) for key in settings if key.startswith("extra_")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{name} = {name}._modidx:d"]},
     packages=find_packages(include=[name, f"{name}.*"]),
+    package_dir={"": "."},  # so that an editable install is one plain line in a .pth file
     cmdclass={"build_py": BuildWithConfig},
 )
