@@ -20,16 +20,18 @@ test: export MUSICLAB_TEST_DATA ?= $(realpath ../shared/data)
 setup: $(READY)
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PINNED) torch
-	$(BIN)/python -m pip install --quiet $(PINNED) -e ".[$(EXTRAS)]"
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing torch into .venv, the largest part"
+	@$(BIN)/python -m pip install --quiet $(PINNED) torch
+	@echo "Installing musiclab and the rest"
+	@$(BIN)/python -m pip install --quiet $(PINNED) -e ".[$(EXTRAS)]"
+	@touch $@
 
 demo: setup
-	$(BIN)/musiclab demo
+	@$(BIN)/musiclab demo
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 # After a change to a notebook: write the modules anew, and strip what a run leaves in notebooks.
 export: setup
