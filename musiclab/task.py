@@ -4,7 +4,7 @@
 __all__ = ['Batch', 'At', 'Group', 'Step', 'Task']
 
 # %% ../nbs/0_shared/10a_task.ipynb #6f9c5955
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 import torch
@@ -33,6 +33,7 @@ class At:
     training: bool = False # False: no dropout of any kind
     probe: Mapping[str, Any] = field(default_factory=dict) # the fixed point of validation
     seconds: float | None = None # for sampling: how long the piece should be
+    stop: Callable[[], bool] = lambda: False # for sampling: asked between two small pieces of work whether to end early
 
 # %% ../nbs/0_shared/10a_task.ipynb #2487d49a
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Task(Protocol):
         "Conditions (feature rows of prompts) to codes, latents or ids."
     def decode(self, raw: Any) -> list:
         "Codes, latents or ids to `Audio` or `Song`; opens its decoder and frees it."
+    def lengths(self, tracks) -> Any:
+        "How long each track's example will be, for bucketing; an array [tracks]."
     def formats(self) -> Mapping[str, Any]:
         "How other tools name and lay out these weights (musiclab.adapters.Format)."
         return {}
