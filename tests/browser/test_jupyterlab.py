@@ -54,16 +54,18 @@ def lab(tmp_path_factory):
             except URLError: time.sleep(0.25)
             else: break
         else: pytest.fail("JupyterLab did not start: " + (folder / "server.log").read_text()[-2000:])
-        yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?token={token}"
+        yield lambda name: f"http://127.0.0.1:{port}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={token}"
     finally:
         server.terminate()
         server.wait(30)
 
 
 PLAY = """async player => {
+    const within = (ms, promise) => Promise.race([promise, new Promise(done => setTimeout(done, ms))]);
     player.muted = true; player.load();
-    await new Promise(done => { player.onloadedmetadata = done; player.onerror = done; setTimeout(done, 5000); });
-    try { await player.play(); await new Promise(done => setTimeout(done, 300)); } catch (error) { return String(error); }
+    await within(5000, new Promise(done => { player.onloadedmetadata = done; player.onerror = done; }));
+    try { await within(2000, player.play()); } catch (error) { return String(error); }
+    await within(300, new Promise(() => {}));
     return player.currentTime > 0 && player.duration > 0.1 ? "plays" : `stands still, ${player.duration} s`;
 }"""
 ERRORS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].flatMap(cell => cell.type == "code" ? cell.outputs.toJSON() : [])
