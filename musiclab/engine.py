@@ -93,6 +93,7 @@ class Engine:
         frozen = self.dtype if self.dtype == torch.bfloat16 and config.method != "full" else torch.float32
         model = self.task.load(self.device, frozen, config.quantize).requires_grad_(False)
         self.groups = self.task.groups(model)
+        self.lora = any(group.lora for group in self.groups.values())
         for group in self.groups.values():
             if group.lora: adapters.attach(model, group.lora, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
                                            method=config.method, seed=config.seed)
