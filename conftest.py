@@ -10,14 +10,12 @@ root = Path(__file__).parent
 
 def global_state() -> dict:
     "What a notebook must leave as it found it: the notebooks of one worker share a process."
-    import matplotlib
     import torch
     return {
         "working directory": os.getcwd(),
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "torch settings": [torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
                            torch.are_deterministic_algorithms_enabled()],
-        "matplotlib settings": dict(matplotlib.rcParams),
     }
 
 
