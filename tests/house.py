@@ -13,6 +13,7 @@ package = root / "musiclab"
 notebooks = sorted(path for path in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 solutions = [path for path in notebooks if path.is_relative_to(root / "nbs" / "solutions")]
 lessons = [path for path in notebooks if path not in solutions]
+quickstarts = [path for path in lessons if path.stem.endswith("quickstart")]
 modules = sorted(path for path in package.rglob("*.py") if not path.name.startswith("_"))
 
 

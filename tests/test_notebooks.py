@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import musiclab
-from tests.house import code_cells, flagged, lessons, makes, notebook, notebooks, package, root, solutions, source
+from tests.house import code_cells, flagged, lessons, makes, notebook, notebooks, package, quickstarts, root, solutions, source
 
 INSTALL = f'''#| hide
 # On Colab or AutoDL: install the release that matches this notebook (torch and numpy stay as they are).
@@ -43,6 +43,13 @@ def test_notebooks_open_alike():
         if flagged(rest[0], "default_exp") != (path in chapters): wrong.append(f"{short(path)}: default_exp belongs into the second cell")
         if rest[path in chapters] != INSTALL: wrong.append(f"{short(path)}: the install cell is missing or differs")
     assert not wrong, listed(wrong)
+
+
+def test_every_family_has_a_quickstart_that_exports_nothing():
+    families = {path.parent.name for path in lessons} - {"0_shared", "5_tools"}
+    assert {path.parent.name for path in quickstarts} == families
+    assert not [short(path) for path in quickstarts if makes(path)]
+    assert not [short(path) for path in lessons if path not in [*chapters, *quickstarts]]
 
 
 def test_headings_speak_both_languages():

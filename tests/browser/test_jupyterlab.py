@@ -13,9 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.house import notebook, root, source
-
-QUICKSTARTS = ["1_musicgen/00_quickstart.ipynb"]
+from tests.house import notebook, quickstarts, root, source
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +70,12 @@ ERRORS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].flatMa
     .filter(output => output.output_type == "error").map(output => output.ename + ": " + output.evalue)"""
 
 
-@pytest.mark.parametrize("name", QUICKSTARTS)
-def test_a_quickstart_opens_runs_and_plays(name, browser, lab):
-    cells = notebook(root / "nbs" / name)["cells"]
+@pytest.mark.parametrize("path", quickstarts, ids=lambda path: path.parent.name)
+def test_a_quickstart_opens_runs_and_plays(path, browser, lab):
+    cells = notebook(path)["cells"]
     titles = re.findall(r"^## (.*)$", "\n\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown"), re.MULTILINE)
     page = browser.new_page(viewport={"width": 1400, "height": 1300})
-    page.goto(lab(name))
+    page.goto(lab(path.relative_to(root / "nbs").as_posix()))
     page.wait_for_selector(".jp-NotebookPanel .jp-Notebook h2", state="attached", timeout=60_000)
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=60_000)
     shown = [title.removesuffix("¶") for title in page.locator(".jp-Notebook h2").all_text_contents()]
