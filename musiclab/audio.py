@@ -2,21 +2,25 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'LAYOUTS', 'WRITABLE', 'mix_channels', 'true_peak', 'loudness', 'write', 'Audio', 'load', 'Silence',
-           'silence']
+           'silence', 'AUDIO_SUFFIXES', 'AudioInfo', 'decoders', 'probe', 'log_mel', 'mel_filterbank', 'resample']
 
 # %% ../nbs/0_shared/01_audio.ipynb #39e0f9af
 import io, json, warnings
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 import numpy as np
 from .core import MusiclabError, atomic_write
-from .decode import AUDIO_SUFFIXES, AudioInfo, decode, decoders, probe
-from .dsp import log_mel, mel_filterbank, resample
+from .decode import AUDIO_SUFFIXES, AudioInfo, decode, decoders, probe # noqa: F401
+from .dsp import log_mel, mel_filterbank, resample # noqa: F401
+
+_all_ = ["AUDIO_SUFFIXES", "AudioInfo", "decoders", "probe", "log_mel", "mel_filterbank", "resample"]
 
 # %% ../nbs/0_shared/01_audio.ipynb #fdbff14e
 PLACES = {"L": (1, 0), "R": (0, 1), "C": (0.5**0.5, 0.5**0.5), "l": (0.5**0.5, 0), "r": (0, 0.5**0.5), "c": (0.5, 0.5), "-": (0, 0)}
-LAYOUTS = {1: "C", 2: "LR", 3: "LRC", 4: "LRlr", 5: "LRClr", 6: "LRC-lr", 7: "LRC-clr", 8: "LRC-lrlr"} # C centre, - bass effects, lower case: back
+# C is the centre, lower case at the back, - the bass effects
+LAYOUTS = {1: "C", 2: "LR", 3: "LRC", 4: "LRlr", 5: "LRClr", 6: "LRC-lr", 7: "LRC-clr", 8: "LRC-lrlr"}
 
 def mix_channels(
     samples: np.ndarray, # [channels, n], in the order of wav files
@@ -46,14 +50,14 @@ def loudness(
     samples: np.ndarray, # [channels, n]
     rate: int, # samples per second
 ) -> float: # LUFS: 0 is far too loud, -14 usual for music, -inf silent
-    "Integrated loudness (ITU-R BS.1770) by pyloudnorm. A clip shorter than a block of 0.4 s is measured as one short block."
+    "Integrated loudness (ITU-R BS.1770) by pyloudnorm. A clip shorter than a block of 0.4 s is measured as if it were repeated."
     import pyloudnorm
     if len(samples) == 6: samples = samples[[0, 1, 2, 4, 5]] # the bass effects do not count
     if len(samples) > 5: samples = mix_channels(samples, 2)
     with warnings.catch_warnings(): # the mean over no blocks, when all of them are silent
         warnings.simplefilter("ignore", RuntimeWarning)
-        meter = pyloudnorm.Meter(rate, block_size=min(0.4, samples.shape[1] / rate))
-        return float(meter.integrated_loudness(samples.T.astype(np.float64)))
+        repeats = max(1, ceil(0.4 * rate / samples.shape[1]))
+        return float(pyloudnorm.Meter(rate).integrated_loudness(np.tile(samples, repeats).T.astype(np.float64)))
 
 # %% ../nbs/0_shared/01_audio.ipynb #4917c82f
 WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".aiff": ("AIFF", "PCM_16"), ".aif": ("AIFF", "PCM_16"),
@@ -67,16 +71,19 @@ def write(
     "Write a sound file; raises MusiclabError for another suffix, for NaN, and when the format or the disk does not take it."
     import soundfile
     path = Path(path)
-    if path.suffix.lower() not in WRITABLE: raise MusiclabError(f"cannot write {path.suffix or 'without a suffix'}", path, f"Choose one of {' '.join(WRITABLE)}")
+    suffix = path.suffix.lower()
+    if suffix not in WRITABLE:
+        raise MusiclabError(f"cannot write {suffix or 'without a suffix'}", path, f"Choose one of {' '.join(WRITABLE)}")
     if not np.isfinite(samples.sum()): raise MusiclabError("the samples to be saved are not all numbers (NaN or infinite)", path)
-    if path.suffix.lower() == ".opus" and 48000 % rate: samples, rate = resample(samples, rate, 48000), 48000 # it knows 8, 12, 16, 24 and 48 kHz
-    kind, subtype = WRITABLE[path.suffix.lower()]
+    if suffix == ".opus" and 48000 % rate: samples, rate = resample(samples, rate, 48000), 48000 # it knows 8, 12, 16, 24 and 48 kHz
+    kind, subtype = WRITABLE[suffix]
     try:
         with io.BytesIO() as memory: # the encoders do not report a full disk, Python does
             with soundfile.SoundFile(memory, "w", rate, len(samples), format=kind, subtype=subtype) as file:
                 for at in range(0, samples.shape[1], rate): file.write(samples[:, at:at + rate].clip(-1, 1).T)
             atomic_write(path, memory.getvalue())
-    except (OSError, RuntimeError) as error: raise MusiclabError(f"cannot be written ({error})", path, "Check the folder, the free space, or choose another format") from error
+    except (OSError, RuntimeError) as error:
+        raise MusiclabError(f"cannot be written ({error})", path, "Check the folder and its space, or choose another format") from error
     return path
 
 # %% ../nbs/0_shared/01_audio.ipynb #c4985fe8
@@ -94,44 +101,36 @@ class Audio:
         object.__setattr__(self, "rate", int(self.rate))
 
     def __repr__(self): return f"Audio({self.seconds:.2f} s, {self.rate} Hz, {self.channels} channel{'s' * (self.channels > 1)})"
-
     @property
-    def seconds(self) -> float: return self.samples.shape[1] / self.rate
+    def seconds(self) -> float: "How long it lasts."; return self.samples.shape[1] / self.rate
     @property
-    def channels(self) -> int: return len(self.samples)
+    def channels(self) -> int: "1 is mono, 2 stereo."; return len(self.samples)
     @property
-    def peak(self) -> float: return float(np.abs(self.samples).max(initial=0)) # the highest sample, not in dB
+    def peak(self) -> float: "The highest sample, 0..1."; return float(np.abs(self.samples).max(initial=0))
 
-    def mono(self) -> "Audio": return self.with_channels(1)
-    def with_channels(self, channels: int) -> "Audio": return Audio(mix_channels(self.samples, channels), self.rate)
-    def resample(self, rate: int, method: str = "soxr") -> "Audio": return Audio(resample(self.samples, self.rate, rate, method), rate)
-    def loudness(self) -> float: return loudness(self.samples, self.rate)
-    def true_peak(self) -> float: return true_peak(self.samples, self.rate)
+    def true_peak(self) -> float: "See `true_peak`."; return true_peak(self.samples, self.rate)
+    def loudness(self) -> float: "See `loudness`."; return loudness(self.samples, self.rate)
+    def mono(self) -> "Audio": "One channel."; return self.with_channels(1)
+    def with_channels(self, channels: int) -> "Audio": "See `mix_channels`."; return Audio(mix_channels(self.samples, channels), self.rate)
+    def resample(self, rate: int, method: str = "soxr") -> "Audio":
+        "See `resample`."
+        return Audio(resample(self.samples, self.rate, rate, method), rate)
 
-    def crop(self,
-        start: float, # seconds to leave out
-        seconds: float | None = None, # how much to keep at most; None is all
-    ) -> "Audio":
-        "A part of it, a view of the same samples; shorter than asked where the sound ends before."
+    def crop(self, start: float, seconds: float | None = None) -> "Audio":
+        "The part from `start` seconds on, `seconds` long or to the end: a view, not a copy. Shorter where the sound ends before."
         first = round(start * self.rate)
         return Audio(self.samples[:, first:None if seconds is None else first + round(seconds * self.rate)], self.rate)
 
-    def normalize(self,
-        lufs: float = -14.0, # the loudness wanted
-        peak: float = -1.0, # dBTP that the true peak must not exceed
-    ) -> "Audio":
-        "Made as loud as `lufs`, or as the peak allows. Silence stays as it is."
+    def normalize(self, lufs: float = -14.0, peak: float = -1.0) -> "Audio":
+        "As loud as `lufs`, or as a true peak of `peak` dB allows. Silence stays as it is."
         gain = min(lufs - self.loudness(), peak - self.true_peak())
         return Audio(self.samples * np.float32(10 ** (gain / 20)), self.rate) if np.isfinite(gain) else self
 
-    def save(self,
-        path: str | Path, # its suffix names the format
-        params: Mapping[str, Any] | None = None, # how the sound was made; written as NAME.json beside it
-    ) -> Path: # the file
-        "Write it as a file; see `write`."
-        write(path, self.samples, self.rate)
-        if params is not None: atomic_write(Path(path).with_suffix(".json"), json.dumps(params, indent=1, ensure_ascii=False, default=str))
-        return Path(path)
+    def save(self, path: str | Path, params: Mapping[str, Any] | None = None) -> Path:
+        "Write it as a file (see `write`); `params`, how it was made, go into NAME.json beside it."
+        path = write(path, self.samples, self.rate)
+        if params is not None: atomic_write(path.with_suffix(".json"), json.dumps(params, indent=1, ensure_ascii=False, default=str))
+        return path
 
 # %% ../nbs/0_shared/01_audio.ipynb #aa641af2
 def load(
@@ -165,4 +164,5 @@ def silence(
     loud = power.max(0) > 10 ** (db / 10)
     if not loud.any(): return Silence(audio.seconds, audio.seconds, 1.0)
     first, last = np.flatnonzero(loud)[[0, -1]]
-    return Silence(float(edges[first] / audio.rate), float((length - edges[last + 1]) / audio.rate), float(1 - np.diff(edges)[loud].sum() / length))
+    sounding = np.diff(edges)[loud].sum() / length
+    return Silence(float(edges[first] / audio.rate), float((length - edges[last + 1]) / audio.rate), float(1 - sounding))

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'READERS', 'FORMATS', 'AUDIO_SUFFIXES', 'AudioInfo', 'open_soundfile', 'info_soundfile',
-           'read_soundfile', 'open_av', 'info_av', 'read_av', 'run', 'on_disk', 'info_ffmpeg', 'read_ffmpeg',
+           'read_soundfile', 'open_av', 'info_av', 'read_av', 'run_program', 'on_disk', 'info_ffmpeg', 'read_ffmpeg',
            'first_look', 'reason', 'ask', 'decode', 'probe', 'decoders']
 
 # %% ../nbs/0_shared/00b_decode.ipynb #e3ae7e4d
@@ -76,7 +76,8 @@ def info_av(
         codec = stream.codec_context
         if container.format.name == "aac": # has no header with its length: count
             seconds = float(sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base)
-        else: seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        elif stream.duration: seconds = float(stream.duration * stream.time_base)
+        else: seconds = (container.duration or 0) / 1e6
         return AudioInfo(seconds, codec.sample_rate, codec.channels, codec.name.removesuffix("float"), "PyAV")
 
 # %% ../nbs/0_shared/00b_decode.ipynb #07c21a4f
@@ -108,7 +109,7 @@ def read_av(
     return samples[:, skip:] if seconds is None else samples[:, skip:skip + round(seconds * rate)], rate
 
 # %% ../nbs/0_shared/00b_decode.ipynb #ce3f5c78
-def run(
+def run_program(
     name: str, # "ffmpeg" or "ffprobe"
     *arguments: str,
 ) -> bytes: # what it printed
@@ -116,7 +117,8 @@ def run(
     program = shutil.which(name)
     if program is None: raise ModuleNotFoundError(name)
     done = subprocess.run([program, "-v", "error", *arguments], stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode and len(done.stdout) <= 24: raise ValueError((done.stderr.decode(errors="replace").strip().splitlines() or ["failed"])[-1])
+    if done.returncode and len(done.stdout) <= 24: # no more than a header
+        raise ValueError(done.stderr.decode(errors="replace").strip().split("\n")[-1])
     return done.stdout
 
 @contextmanager
@@ -128,16 +130,18 @@ def on_disk(
         Path(folder, "sound").write_bytes(content)
         yield "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{folder}/sound"
 
+# %% ../nbs/0_shared/00b_decode.ipynb #f31f2777
 def info_ffmpeg(
     content: bytes, # of a file
 ) -> AudioInfo:
     "Ask ffprobe, ffmpeg's companion."
     with on_disk(content) as given:
-        told = json.loads(run("ffprobe", "-select_streams", "a:0", "-show_entries", "stream=codec_name,sample_rate,channels:format=duration",
-                              "-of", "json", *given))
+        wanted = "stream=codec_name,sample_rate,channels:format=duration"
+        told = json.loads(run_program("ffprobe", "-select_streams", "a:0", "-show_entries", wanted, "-of", "json", *given))
     if not told.get("streams"): raise ValueError("no sound in it")
     stream = told["streams"][0]
-    return AudioInfo(float(told["format"].get("duration", 0)), int(stream["sample_rate"]), stream["channels"], stream["codec_name"], "ffmpeg")
+    seconds = float(told["format"].get("duration", 0))
+    return AudioInfo(seconds, int(stream["sample_rate"]), stream["channels"], stream["codec_name"], "ffmpeg")
 
 def read_ffmpeg(
     content: bytes, # of a file
@@ -147,7 +151,8 @@ def read_ffmpeg(
     "Decode by the ffmpeg program."
     window = ["-ss", f"{start:.9f}"] if start else []
     if seconds is not None: window += ["-t", f"{seconds:.9f}"]
-    with on_disk(content) as given: sound = run("ffmpeg", *window, *given, "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
+    with on_disk(content) as given:
+        sound = run_program("ffmpeg", *window, *given, "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
     offset, _, _, rate, channels = struct.unpack(">5I", sound[4:24])
     return np.frombuffer(sound[offset:], ">f4").reshape(-1, channels).T.astype(np.float32, order="C"), rate
 
@@ -161,11 +166,14 @@ def first_look(
         name = source
         try:
             with open(source, "rb") as file: head, size = file.read(256), source.stat().st_size
-        except OSError as error: raise MusiclabError(f"cannot be opened ({error.strerror})", source, "Check the path and its permissions") from error
+        except OSError as error:
+            raise MusiclabError(f"cannot be opened ({error.strerror})", source, "Check the path and its permissions") from error
     text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if size == 0: raise MusiclabError("is empty (0 bytes)", name, "Copy or download it again")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")): raise MusiclabError("is a web page, not sound", name, "Download the file itself, not the page that links to it")
-    if text.startswith(b"version https://git-lfs"): raise MusiclabError("is a Git LFS pointer, not the sound itself", name, "Run: git lfs pull")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise MusiclabError("is a web page, not sound", name, "Download the file itself, not the page that links to it")
+    if text.startswith(b"version https://git-lfs"):
+        raise MusiclabError("is a Git LFS pointer, not the sound itself", name, "Run: git lfs pull")
 
 # %% ../nbs/0_shared/00b_decode.ipynb #be059577
 READERS = {"soundfile": (info_soundfile, read_soundfile), "PyAV": (info_av, read_av), "ffmpeg": (info_ffmpeg, read_ffmpeg)}
@@ -188,10 +196,12 @@ def ask(
     first_look(source)
     reasons = {}
     for name, functions in READERS.items():
-        try: return functions[which](source if name == "soundfile" or isinstance(source, bytes) else source.read_bytes(), *arguments)
-        except (ImportError, OSError, RuntimeError, ValueError) as error: reasons[name] = reason(error) # the decoders' errors are of these kinds
+        given = source if name == "soundfile" or isinstance(source, bytes) else source.read_bytes()
+        try: return functions[which](given, *arguments)
+        except (ImportError, OSError, RuntimeError, ValueError) as error: reasons[name] = reason(error) # all of theirs are of these kinds
     fix = "Check that it plays elsewhere, or convert it to flac"
-    if reasons["PyAV"] == reasons["ffmpeg"] == "not installed": fix = 'It may need a further decoder: pip install "musiclab[codecs]", or install ffmpeg'
+    if reasons["PyAV"] == reasons["ffmpeg"] == "not installed":
+        fix = 'It may need a further decoder: pip install "musiclab[codecs]", or install ffmpeg'
     said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise MusiclabError(f"cannot be decoded ({said})", "sound" if isinstance(source, bytes) else source, fix)
 
@@ -202,13 +212,15 @@ def decode(
     seconds: float | None = None, # how much to read at most; None is all
 ) -> tuple[np.ndarray, int]: # float32 [channels, n], -1..1 as a rule, and the rate
     "The sound of a file at its own rate. A file that breaks off gives what it has; raises MusiclabError when there is nothing usable."
-    if start < 0 or seconds is not None and seconds <= 0: raise MusiclabError(f"cannot read {seconds} s from {start} s on", source, "Give start >= 0 and seconds > 0")
     source = source if isinstance(source, bytes) else Path(source)
     name = "sound" if isinstance(source, bytes) else source
+    if start < 0 or seconds is not None and seconds <= 0:
+        raise MusiclabError(f"cannot read {seconds} s from {start} s on", name, "Give start >= 0 and seconds > 0")
     samples, rate = ask(1, source, start, seconds)
     if samples.shape[1] == 0 and start: raise MusiclabError(f"ends before {start:g} s", name, "Start earlier")
     if samples.shape[1] == 0: raise MusiclabError("holds no samples", name, "Leave it out")
-    if not np.isfinite(samples.sum()): raise MusiclabError("holds samples that are not numbers (NaN or infinite)", name, "Export it again from its source")
+    if not np.isfinite(samples.sum()):
+        raise MusiclabError("holds samples that are not numbers (NaN or infinite)", name, "Export it again from its source")
     return samples, rate
 
 # %% ../nbs/0_shared/00b_decode.ipynb #b7ec550a
