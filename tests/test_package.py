@@ -55,16 +55,17 @@ def test_torchaudio_is_never_required():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    "The wheel, built from the source archive, built from what git tracks."
+    "The wheel, built from the source archive, which is built from what git would commit."
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
     copy.mkdir()
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=root, capture_output=True, check=True)
-    for name in filter(None, tracked.stdout.decode().split("\0")):
+    known = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=root, capture_output=True, check=True)
+    for name in filter(None, known.stdout.decode().split("\0")):
         if not (root / name).is_file(): continue
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((root / name).read_bytes())
-    run = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist"], cwd=copy, capture_output=True, text=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist"]
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return next((folder / "dist").glob("*.whl"))
 
@@ -72,14 +73,16 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {path.relative_to(root).as_posix() for path in package.rglob("*.py")}
-    config = {f"musiclab/config_files/{path.relative_to(root / 'config').as_posix()}" for path in (root / "config").rglob("*") if path.is_file()}
+    files = [path.relative_to(root / "config") for path in (root / "config").rglob("*") if path.is_file()]
+    config = {f"musiclab/config_files/{path.as_posix()}" for path in files}
     assert config and inside == code | config
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path, with_pip=False)
     programs = tmp_path / ("Scripts" if sys.platform == "win32" else "bin")
-    subprocess.run([sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     ask = ("import musiclab, importlib.resources as r, importlib.metadata as m; print(musiclab.__file__);"
            "print(musiclab.__version__, *sorted(p.name for p in (r.files('musiclab') / 'config_files').iterdir()));"
            "print(*(e.value for e in m.entry_points(group='console_scripts')))")

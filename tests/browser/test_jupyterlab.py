@@ -41,11 +41,12 @@ def lab(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
-         "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.expose_app_in_browser=True"],
+        [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+         f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
         cwd=folder / "nbs", stdout=subprocess.DEVNULL, stderr=(folder / "server.log").open("wb"),
-        env={**os.environ, "PYTHONPATH": str(root), "MUSICLAB_HOME": str(folder / "home"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
-             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "JUPYTER_CONFIG_DIR": str(folder / "config")})
+        env={**os.environ, "PYTHONPATH": str(root), "MUSICLAB_HOME": str(folder / "home"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
+             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")})
     try:
         for _ in range(240):
             try: urlopen(f"http://127.0.0.1:{port}/api/status?token={token}").close()
@@ -77,7 +78,8 @@ def test_a_quickstart_opens_runs_and_plays(path, browser, lab):
     page = browser.new_page(viewport={"width": 1400, "height": 1300})
     page.goto(lab(path.relative_to(root / "nbs").as_posix()))
     page.wait_for_selector(".jp-NotebookPanel .jp-Notebook h2", state="attached", timeout=60_000)
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=60_000)
+    kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+    page.wait_for_function(f"() => {kernel}?.status == 'idle'", timeout=60_000)
     shown = [title.removesuffix("¶") for title in page.locator(".jp-Notebook h2").all_text_contents()]
     assert shown == titles
 
