@@ -1,6 +1,5 @@
 "The training loop: exact resume, several processes, averages, precisions, limits."
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from musiclab.core import MusiclabError
 from musiclab.log import read_log
 from musiclab.train import fit
-from tests.toy import Toy, settings, songs
+from tests.toy import Toy, server, settings, songs
 
 
 def run(output, dropout=0.1, **changes):
@@ -62,8 +61,6 @@ def run_with(output, **changes):
 
 
 def one_of_two(rank, port, output, changes, results):
-    from accelerate import PartialState
-    PartialState._reset_state()
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     tracks = songs()
@@ -75,12 +72,11 @@ def one_of_two(rank, port, output, changes, results):
 
 
 def two_processes(output, **changes):
-    fork = multiprocessing.get_context("fork")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    results = fork.Queue()
-    children = [fork.Process(target=one_of_two, args=(rank, port, output, changes, results)) for rank in range(2)]
+    results = server().Queue()
+    children = [server().Process(target=one_of_two, args=(rank, port, output, changes, results)) for rank in range(2)]
     for child in children: child.start()
     answers = sorted([results.get(timeout=120) for _ in children], key=lambda a: a[0])
     for child in children: child.join(30)

@@ -1,9 +1,10 @@
 "The smallest task that uses all of the training loop: features, two loss parts, probes, an adapter, dropout."
-import torch
+import multiprocessing
 from contextlib import contextmanager
-from torch import nn
 
 import numpy as np
+import torch
+from torch import nn
 
 from musiclab.config import TrainConfig
 from musiclab.tracks import Track, Tracks
@@ -86,3 +87,10 @@ def settings(output, **changes):
                   warmup=0, max_steps=6, precision="fp32", device="cpu", workers=0, trackers=[], save_every=2, validate_every=3,
                   gradient_checkpointing=True, save_minutes=None)
     return TrainConfig(**fields | changes)
+
+
+def server():
+    "Child processes that start at once: forked from a process that has imported everything and runs no threads."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["musiclab.train", "tests.toy"])
+    return context

@@ -1,6 +1,6 @@
 "What goes wrong in a training run: kills, signals, damage, full disks, numbers that are none."
 import errno
-import multiprocessing
+import importlib
 import os
 import signal
 import time
@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from musiclab import engine, train
+from musiclab import train
 from musiclab.core import MusiclabError
 from musiclab.train import fit
-from tests.toy import Toy, settings, songs
+from tests.toy import Toy, server, settings, songs
 
 
 def run(output, task=Toy, **changes):
@@ -34,15 +34,16 @@ def straight(tmp_path_factory):
 
 
 def in_child(target, *args):
-    child = multiprocessing.get_context("fork").Process(target=target, args=args)
+    child = server().Process(target=target, args=args)
     child.start()
     child.join(120)
+    if child.exitcode is None: child.kill()
     return child.exitcode
 
 
 def kill_at(output, where, number, sig):
     "Run, and send ourselves a signal at the `number`-th call of a function."
-    module, name = where
+    module, name = importlib.import_module(where[0]), where[1]
     original, calls = getattr(module, name), [0]
     def counted(*args, **kwargs):
         calls[0] += 1
@@ -53,11 +54,11 @@ def kill_at(output, where, number, sig):
     os._exit(143 if made.stopped == "SIGTERM" else 0)
 
 
-STEPS = (engine, "apply_gradients")
-MICRO = (engine, "seeded")
-VALIDATION = (train, "evaluate")
-SAVING = (train, "save_file")
-RENAME = (os, "replace")
+STEPS = ("musiclab.engine", "apply_gradients")
+MICRO = ("musiclab.engine", "seeded")
+VALIDATION = ("musiclab.train", "evaluate")
+SAVING = ("musiclab.train", "save_file")
+RENAME = ("os", "replace")
 
 
 @pytest.mark.parametrize("where, number", [(STEPS, 1), (STEPS, 4), (STEPS, 6), (MICRO, 6), (SAVING, 1), (SAVING, 2), (SAVING, 3), (RENAME, 9), (RENAME, 13)])
