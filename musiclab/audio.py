@@ -122,9 +122,9 @@ class Audio:
         return Audio(self.samples[:, first:None if seconds is None else first + round(seconds * self.rate)], self.rate)
 
     def normalize(self, lufs: float = -14.0, peak: float = -1.0) -> "Audio":
-        "As loud as `lufs`, or as a true peak of `peak` dB allows. Silence stays as it is."
-        gain = min(lufs - self.loudness(), peak - self.true_peak())
-        return Audio(self.samples * np.float32(10 ** (gain / 20)), self.rate) if np.isfinite(gain) else self
+        "As loud as `lufs`, or as a true peak of `peak` dB allows. What is too soft to be measured (below -70 LUFS) stays as it is."
+        gain = min(lufs - level, peak - self.true_peak()) if (level := self.loudness()) > -np.inf else 0.0
+        return Audio(self.samples * np.float32(10 ** (gain / 20)), self.rate)
 
     def save(self, path: str | Path, params: Mapping[str, Any] | None = None) -> Path:
         "Write it as a file (see `write`); `params`, how it was made, go into NAME.json beside it."
