@@ -41,7 +41,7 @@ def test_notebooks_open_alike():
     wrong = []
     for path in notebooks:
         title, *rest = [source(cell) for cell in notebook(path)["cells"][:3]]
-        if not (SOLUTIONS if path in solutions else TITLE).match(title): wrong.append(f"{short(path)}: the first cell is not as it should be")
+        if not (SOLUTIONS if path in solutions else TITLE).match(title): wrong.append(f"{short(path)}: {title!r} is not a proper title")
         if flagged(rest[0], "default_exp") != (path in chapters): wrong.append(f"{short(path)}: default_exp belongs into the second cell")
         if rest[path in chapters] != INSTALL: wrong.append(f"{short(path)}: the install cell is missing or differs")
     assert not wrong, listed(wrong)

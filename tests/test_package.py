@@ -59,7 +59,8 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
     copy.mkdir()
-    known = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=root, capture_output=True, check=True)
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    known = subprocess.run(command, cwd=root, capture_output=True, check=True)
     for name in filter(None, known.stdout.decode().split("\0")):
         if not (root / name).is_file(): continue
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
