@@ -131,7 +131,7 @@ def listed(
     "Problems for reading: what many have in common is said once."
     reasons = defaultdict(list)
     for problem in problems: reasons[problem.reason].append(problem.where)
-    lines = [f"  {first}: {reason}" if not rest else f"  {reason}: {first} and {len(rest)} more" for reason, (first, *rest) in reasons.items()]
+    lines = [f"  {reason}: {first} and {len(rest)} more" if rest else f"  {first}: {reason}" for reason, (first, *rest) in reasons.items()]
     return lines[:most] + [f"  … and {len(lines) - most} more"] * (len(lines) > most)
 
 # %% ../nbs/0_shared/05e_data.ipynb #11b4600f
@@ -160,7 +160,7 @@ class Report:
         lines.append(f"  words    {texts} with caption or tags")
         lines.append(f"  lyrics   {sung} sung, {lyrics.count('')} instrumental, {lyrics.count(None)} unknown")
         lines += [f"{len(self.problems)} cannot be used", *listed(self.problems), f"{len(self.remarks)} remarks", *listed(self.remarks)]
-        if not self.decoded: lines.append("Only headers were read. To find silence, clipping and files that break off: check(tracks, decode=True)")
+        if not self.decoded: lines.append("Only headers were read: decode=True finds silence, clipping and files that break off")
         return "\n".join(lines)
 
 # %% ../nbs/0_shared/05e_data.ipynb #9908419c
@@ -239,18 +239,15 @@ def split(
     "Split by song: no group is on both sides. A given split is kept; tracks that it leaves out go where their song is, else are drawn."
     if not 0 <= valid < 1: raise MusiclabError(f"a share of {valid} cannot be held back", "split", "Choose a number below 1, such as 0.2")
     groups, given = tracks.column("group"), tracks.column("split")
-    held = "valid" if "valid" in given or "train" not in given else "test"
-    sides, leaks = [None] * len(tracks), []
-    if "train" in given and held in given:
-        sides = [{"train": "train", held: "valid", "test": "test"}.get(part) for part in given]
-        home = dict(reversed([(group, side) for group, side in zip(groups, sides) if side])) # where a song was met first
-        leaks = sorted({group for group, side in zip(groups, sides) if side and side != home[group]})
-        sides = [side or home.get(group) for group, side in zip(groups, sides)]
-    chosen = drawn((group for group, side in zip(groups, sides) if side is None), valid, seed)
-    sides = [side or ("valid" if group in chosen else "train") for group, side in zip(groups, sides)]
-    both = []
-    for part in "train", "valid":
-        rows = [i for i, side in enumerate(sides) if side == part]
-        both.append(tracks.select(rows).with_column("split", [part] * len(rows)))
-        both[-1].problems += [Problem(group, "is in train and in validation by the split that came with the data") for group in leaks]
-    return tuple(both)
+    side_of = {"train": "train", "valid": "valid", "test": "test" if "valid" in given else "valid"}
+    sides = [side_of.get(part) for part in given] if {"train", "valid"} <= {side_of.get(part) for part in given} else [None] * len(tracks)
+    home = dict(reversed([(group, side) for group, side in zip(groups, sides) if side])) # where each song was met first
+    leaks = {group for group, side in zip(groups, sides) if side and side != home[group]}
+    chosen = drawn(set(groups) - home.keys(), valid, seed)
+    sides = [side or home.get(group) or ("valid" if group in chosen else "train") for group, side in zip(groups, sides)]
+    def part(name):
+        rows = [i for i, side in enumerate(sides) if side == name]
+        chosen = tracks.select(rows).with_column("split", [name] * len(rows))
+        chosen.problems += [Problem(group, "on both sides of the split that came with the data") for group in sorted(leaks)]
+        return chosen
+    return part("train"), part("valid")

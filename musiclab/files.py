@@ -17,8 +17,7 @@ def guess_encoding(
     "utf-8 (with a mark or without), utf-16 or gb18030."
     if data.startswith(codecs.BOM_UTF8): return "utf-8-sig"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return "utf-16"
-    even, odd = data[:1000:2].count(0), data[1:1000:2].count(0)
-    if even + odd > len(data[:1000]) / 4: return "utf-16-le" if odd > even else "utf-16-be"
+    if b"\0" in data: return "utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be" # half of each plain letter is zero
     try:
         data.decode("utf-8")
         return "utf-8"
@@ -36,7 +35,7 @@ def decode_text(
     except (UnicodeDecodeError, LookupError) as error:
         what = f"not a text in {encoding or 'utf-8, utf-16 or gb18030'}"
         raise MusiclabError(what, where, "Save it as utf-8, or name its encoding: encoding='…'") from error
-    if "\0" in text: raise MusiclabError("not a text: it holds null bytes", where)
+    if re.search("[\0-\x08\x0e-\x1f]", text): raise MusiclabError("not a text: it holds control characters", where, "Is it the right file?")
     return clean(text)
 
 def clean(text: str) -> str:

@@ -142,11 +142,11 @@ def row_track(
     bases: Sequence[str], # the folders that relative paths may be relative to
 ) -> Track:
     "A row as a track. Raises MusiclabError when it names nothing that can be used."
-    def place(value): # a name, a source, lists of numbers, or nothing
-        if value is None or isinstance(value, Source): return value
-        return Source(root.file(value, *bases)) if isinstance(value, str) else Source.of(value)
+    def place(value): # a name, a source, or nothing
+        return value if value is None or isinstance(value, Source) else Source(root.file(value, *bases))
     found = {what: pick(row, what, columns) for what in NAMES}
     values, used = {what: value for what, (value, _) in found.items()}, {name for _, names in found.values() for name in names}
+    if isinstance(values["tokens"], list): values["tokens"] = Source.of(values["tokens"])
     source, tokens = place(values["audio"]), place(values["tokens"])
     if source is None and tokens is None:
         raise MusiclabError("names no sound", fix=f"Its columns are {', '.join(row)}: say which one does, columns={{'audio': '…'}}")

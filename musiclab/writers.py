@@ -130,7 +130,7 @@ def to_audiocraft(
             info = probe(beside/files["audio"])
             words = plain_row(track)
             words |= {"name": words.pop("id"), "description": words.pop("text"), "keywords": ", ".join(words.pop("tags", [])),
-                      "sample_rate": info.rate, "file_extension": suffix_of(track.source)[1:], "duration": words.pop("seconds", info.seconds)}
+                      "sample_rate": info.rate, "file_extension": info.format, "duration": words.pop("seconds", info.seconds)}
             if tokens := files.get("audio_tokens_path"): words["audio_tokens_path"] = str(folder/tokens)
             (beside/files["audio"]).with_suffix(".json").write_text(json.dumps(AUDIOCRAFT | words, ensure_ascii=False), encoding="utf-8")
             rows.append({"path": str(folder/files["audio"]), "duration": words["duration"], "sample_rate": info.rate, "amplitude": None,
@@ -157,7 +157,8 @@ def hf_types(
     for track in tracks:
         for name, value in plain_row(track).items(): met.setdefault(name, set()).add(type(value))
     known = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64"), list: List(Value("string"))}
-    types = {name: known[kinds.pop()] if len(kinds) == 1 else known[str] for name, kinds in met.items() if name != "split"}
+    kinds = {name: {float} if types == {int, float} else types for name, types in met.items() if name != "split"}
+    types = {name: known[next(iter(types))] if len(types) == 1 else known[str] for name, types in kinds.items()}
     if any(track.source for track in tracks): types["audio"] = {"bytes": Value("binary"), "path": Value("string")}
     if any(track.tokens for track in tracks): types["audio_tokens"] = List(List(Value("int32")))
     return Features(types)
@@ -170,19 +171,21 @@ def to_hf(
     "Write a Hugging Face data set, sound included: a DatasetDict when tracks are split (those of no part go to train), else a Dataset."
     prepare_imports()
     import datasets
+    from datasets.arrow_writer import ArrowWriter
     types = hf_types(tracks)
     texts = [name for name, kind in types.items() if kind == datasets.Value("string")]
-    def rows(part):
-        for track in part:
-            row = hf_row(track)
-            yield dict.fromkeys(types) | row | {name: str(row[name]) for name in texts if name in row}
     splits = tracks.column("split")
     labels = [split or "train" for split in splits]
     with fresh_folder(folder) as beside, tempfile.TemporaryDirectory(dir=beside.parent) as scratch, no_bars():
         made = datasets.DatasetDict()
         for label in sorted(set(labels)):
-            part = tracks.select([i for i, its in enumerate(labels) if its == label])
-            made[label] = datasets.Dataset.from_generator(rows, features=types, gen_kwargs={"part": part}, cache_dir=scratch)
+            with ArrowWriter(features=types, path=f"{scratch}/{label}.arrow", writer_batch_size=16) as writer:
+                for track in tracks.select([i for i, its in enumerate(labels) if its == label]):
+                    row = hf_row(track)
+                    row |= {name: json.dumps(row[name], ensure_ascii=False) for name in texts if not isinstance(row.get(name, ""), str)}
+                    writer.write(dict.fromkeys(types) | row)
+                writer.finalize()
+            made[label] = datasets.Dataset.from_file(f"{scratch}/{label}.arrow")
         if "audio" in types: made = made.cast_column("audio", datasets.Audio(decode=False))
         (made if any(splits) else made["train"]).save_to_disk(str(beside))
     return Path(folder)
