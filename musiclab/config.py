@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PathText', 'ELSEWHERE', 'Plain', 'parse_yaml', 'Settings', 'tidy', 'nearest', 'in_words', 'explain', 'Songs',
            'Adapter', 'Steps', 'Machine', 'Watching', 'Saving', 'TrainConfig', 'load', 'read_file', 'split', 'put',
-           'dump', 'describe']
+           'PlainDumper', 'dump', 'describe']
 
 # %% ../nbs/0_shared/07_config.ipynb #90148efe
 import difflib, json, os, re
@@ -27,9 +27,10 @@ class Plain(yaml.SafeLoader):
 Plain.yaml_implicit_resolvers = {} # what a word without quotes can be, by its first letter
 for tag, pattern, first in [("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
                             ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-                            ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+                            ("int", r"[-+]?[0-9]+", "-+0123456789"),
                             ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789")]:
     Plain.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+Plain.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value)) # 010 is ten
 
 def parse_yaml(
     text: str, # a document, or just a value
@@ -115,7 +116,8 @@ def explain(
     for one in sorted(error.errors(), key=lambda one: one["type"] == "missing"):
         key = str(one["loc"][0]) if one["loc"] else ""
         if key in said: continue # a setting of several types fails once for each
-        if one["type"] == "extra_forbidden":
+        if "$ref" in properties.get(key, ()): said[key] = f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}"
+        elif one["type"] == "extra_forbidden":
             near = nearest(key, names)
             said[key] = f"unknown setting {key!r}" + (f", did you mean {near!r}?" if near else "")
             said.setdefault(near, "") # then it is not missing
@@ -197,7 +199,7 @@ class Saving(Settings):
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; none: with each validation")
     save_minutes: float | None = Field(15.0, gt=0, description="a checkpoint after so many minutes in any case; none: by steps only")
     keep: int = Field(3, ge=1, description="how many checkpoints stay")
-    resume: PathText = Field("latest", description="latest: go on from the newest checkpoint in output; none: do not; or a checkpoint's path")
+    resume: PathText = Field("latest", description="latest: go on from the newest checkpoint in output; none: do not; or its path")
     time_budget: float | None = Field(None, gt=0, description="minutes until the run saves and ends by itself")
     debug: bool = Field(False, description="two steps on little data, with all checks on")
     limit_batches: int | None = Field(None, ge=1, description="use only the data of so many steps")
@@ -263,12 +265,17 @@ def put(
     return {**values, head: put(inner, rest, value)}
 
 # %% ../nbs/0_shared/07_config.ipynb #5cd85589
+class PlainDumper(yaml.SafeDumper):
+    "Puts quotes around every text that a reader of YAML 1.1 or 1.2 could take for something else, such as '3e-4' or 'no'."
+    yaml_implicit_resolvers = {first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + Plain.yaml_implicit_resolvers.get(first, [])
+                               for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | Plain.yaml_implicit_resolvers.keys()}
+
 def dump(
     config: Settings, # any settings
     path: str | Path | None = None, # a file to write
 ) -> str: # YAML
     "All settings as YAML, defaults too; `load` reads it back to the same."
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False, allow_unicode=True, width=1000)
     if path is not None: atomic_write(path, text)
     return text
 
@@ -283,7 +290,7 @@ def describe(
         seen.update(new)
         for name in new:
             about = cls.model_fields[name]
-            default = "required" if about.is_required() else "none" if about.default is None else json.dumps(about.default)
+            default = "required" if about.is_required() else "none" if about.default is None else json.dumps(about.default, default=dict)
             rows.append((f"  {name}", default, f"{about.description} [{in_words(properties[name])}]"))
     widths = [max(len(row[i]) for row in rows if len(row) == 3) for i in (0, 1)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0])).rstrip() for row in rows[1:])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 import numpy as np
 from .core import MusiclabError, Problem, atomic_write, progress, sha256
-from .encode import BAD, check, encode_all, make_here, make_in_workers, read_ahead, title
+from .encode import BAD, Workers, check, encode_all, make_here, make_in_workers, read_ahead, title
 from .shards import Claims, Shard, Shelf, Store
 
 # %% ../nbs/0_shared/06_features.ipynb #96df324c
@@ -253,10 +253,12 @@ def place_all(
     if lacking:
         owner_of = dict(zip(wanted.astype(str).tolist(), owners[first].tolist()))
         def input_of(key): t, n = owner_of[key]; return feature.inputs(tracks[t])[n]
-        if feature.where == "device": how = partial(make_here, device=device)
-        else: how = partial(make_here, device="cpu") if workers == 0 else partial(make_in_workers, workers=workers or cores())
-        with progress(desc=f"making {feature.name}", total=lacking, unit=" rows") as bar:
-            make = partial(how, feature, shelf.folder, stop=stop, tick=bar.update)
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress(desc=f"making {feature.name}", total=lacking, unit=" rows"))
+            if feature.where == "device": make = partial(make_here, device=device)
+            elif workers == 0: make = partial(make_here, device="cpu")
+            else: make = partial(make_in_workers, workers=stack.enter_context(Workers(workers or cores())))
+            make = partial(make, feature, shelf.folder, stop=stop, tick=bar.update)
             failed = fill(feature, shelf, wanted, input_of, make, begin, bar, stop)
         shelf.look()
     at = shelf.find(keys)
