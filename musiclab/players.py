@@ -124,7 +124,7 @@ font:14px/1.4 system-ui,sans-serif}
 .ml-head{display:flex;align-items:center;gap:10px}
 .ml-head b{flex:1;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .ml-player small{opacity:.65;font-variant-numeric:tabular-nums}
-.ml-play{display:none;width:34px;height:34px;flex:none;border:0;border-radius:50%;background:var(--c);cursor:pointer}
+.ml-player .ml-play{display:none;width:34px;height:34px;flex:none;border:0;border-radius:50%;background:var(--c);cursor:pointer}
 .ml-play::before{content:"";display:block;width:12px;height:14px;margin:auto;background:#fff;clip-path:polygon(12% 0,100% 50%,12% 100%)}
 .ml-playing .ml-play::before{clip-path:polygon(0 0,35% 0,35% 100%,65% 100%,65% 0,100% 0,100% 100%,0 100%)}
 .ml-waves{position:relative;height:52px;margin:8px 0 2px;cursor:pointer}
@@ -135,7 +135,7 @@ font:14px/1.4 system-ui,sans-serif}
 .ml-track button{padding:3px 12px;border:1px solid #8886;border-radius:99px;background:none;color:inherit;font:inherit;cursor:pointer}
 .ml-track button i{margin-right:6px;font-style:normal;opacity:.6}
 .ml-track audio{flex:1;min-width:200px;height:34px}
-.ml-on .ml-play{display:block}
+.ml-player.ml-on .ml-play{display:block}
 .ml-on .ml-tracks{display:flex;flex-wrap:wrap;gap:6px;margin-top:8px}
 .ml-on .ml-track{margin:0}
 .ml-alone button{display:none}
@@ -164,7 +164,7 @@ def _players(sounds: dict[str, Audio], title: str, seconds: float, stereo: bool,
     return View(
         f'<style>{_STYLE}</style><div class="ml-player" tabindex="0" data-lm-suppress-shortcuts="true" data-seconds="{length:.3f}" '
         f'style="--c:{_color(0)}"><div class="ml-head"><button class="ml-play" tabindex="-1" aria-label="Play or pause"></button>'
-        f'<b>{html.escape(title)}</b><small class="ml-time"></small></div><div class="ml-waves">{waves}</div>'
+        f'<b title="{html.escape(title)}">{html.escape(title)}</b><small class="ml-time"></small></div><div class="ml-waves">{waves}</div>'
         f'<div class="ml-tracks{" ml-alone" * (len(sounds) == 1)}">{tracks}</div><small>{html.escape(note)}</small></div>'
         f'<script>{_SCRIPT}</script>',
         f"{title or ', '.join(filter(None, sounds)) or 'sound'}: {length:.1f} s to be heard in a notebook or a page")

@@ -76,7 +76,9 @@ def test_losses_from_everything_that_holds_a_log(tmp_path):
     assert drawn[0]["valid/loss"].tolist() == [[2, 2.5], [4, 1.25], [6, 5 / 6]]
     for other in drawn[1:]: assert all((other[name] == drawn[0][name]).all() for name in drawn[0])
     assert curves(show.losses([{"step": 1, "valid": 2.0}]))["valid"].tolist() == [[1, 2]]
-    assert show.losses([]).text
+    assert show.losses([]).text and not curves(show.losses([{"step": 1, "loss": float("nan")}]))
+    skipped = [{"step": s, "loss": float("nan") if s == 3 else 1.0} for s in range(1, 6)]
+    assert curves(show.losses(skipped))["training"].tolist() == [[1, 1], [2, 1], [4, 1], [5, 1]]
     with pytest.raises(MusiclabError, match="no training log"): show.losses(tmp_path/"nothing")
 
 
