@@ -135,3 +135,10 @@ def test_odd_names(tmp_path):
 
 def test_there_are_three_decoders_in_the_order_of_trust():
     assert list(READERS) == ["soundfile", "PyAV", "ffmpeg"]
+
+
+def test_longer_than_one_block(tmp_path):
+    ramp = np.arange((1 << 24) + 1000, dtype=np.int16)
+    soundfile.write(tmp_path / "long.wav", ramp, 8000, subtype="PCM_16")
+    samples, _ = decode(tmp_path / "long.wav")
+    assert samples.shape == (1, len(ramp)) and np.array_equal(samples[0] * 32768, ramp)
