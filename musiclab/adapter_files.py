@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'KEY', 'OURS', 'COMFYUI', 'MAX_RANK', 'HONOURED', 'HARMLESS', 'Adapter', 'describe', 'Format',
-           'read_safetensors', 'read_pickle', 'fault', 'pair_up', 'printable', 'number', 'of_layer', 'check_settings',
+           'read_safetensors', 'read_pickle', 'fault', 'pair_up', 'printable', 'number', 'spread', 'check_settings',
            'parse_json', 'find', 'settle', 'inspect', 'peft_settings', 'baked', 'write', 'write_folder']
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #93503568
 import json, math, re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
@@ -35,17 +35,25 @@ class Adapter:
     recorded: bool = True # False: the file does not tell alpha, and a factor of 1 was assumed
 
     @property
-    def ranks(self) -> dict[str, int]: return {layer: self.tensors[f"{layer}.lora_A.weight"].shape[0] for layer in self.alphas}
+    def ranks(self) -> dict[str, int]:
+        "Rank of each layer."
+        return {layer: self.tensors[f"{layer}.lora_A.weight"].shape[0] for layer in self.alphas}
     @property
-    def rank(self) -> int: return Counter(self.ranks.values()).most_common(1)[0][0]
+    def rank(self) -> int:
+        "The usual rank of its layers."
+        return Counter(self.ranks.values()).most_common(1)[0][0]
     @property
-    def alpha(self) -> float: return Counter(self.alphas.values()).most_common(1)[0][0]
+    def alpha(self) -> float:
+        "The usual alpha of its layers."
+        return Counter(self.alphas.values()).most_common(1)[0][0]
     @property
-    def parameters(self) -> int: return sum(tensor.numel() for tensor in self.tensors.values())
+    def parameters(self) -> int:
+        "How many numbers it consists of."
+        return sum(tensor.numel() for tensor in self.tensors.values())
 
     def factor(self, layer: str) -> float:
         "What B·A of this layer is multiplied with."
-        rank = self.ranks[layer]
+        rank = self.tensors[f"{layer}.lora_A.weight"].shape[0]
         return self.alphas[layer] / (math.sqrt(rank) if self.method == "rslora" else rank)
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #20e81f0d
@@ -102,7 +110,7 @@ def read_safetensors(
 def read_pickle(
     path: Path, # .bin, .pt, .pth or .ckpt
 ) -> dict[str, Tensor]:
-    "Load a pickle that holds nothing but named tensors; any other is refused unopened."
+    "Load a pickle that holds nothing but named tensors; in any other no code is run."
     try: tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: tensors = error # a broken pickle fails in a hundred ways
     if isinstance(tensors, dict) and all(isinstance(key, str) and isinstance(t, Tensor) for key, t in tensors.items()): return tensors
@@ -162,14 +170,25 @@ def number(
         raise MusiclabError(f"{key} is {printable(value)!r}, not a sensible number", where, "The settings are damaged")
     return float(value)
 
-def of_layer(
-    patterns: Mapping, # layer name, or its end -> value
-    layer: str,
-    default: float,
-) -> float:
-    "The value that a peft pattern table gives a layer; names in it count literally."
-    names = {key.removeprefix("^").replace("\\", ""): value for key, value in patterns.items()}
-    return next((value for name, value in names.items() if layer == name or layer.endswith("." + name)), default)
+def spread(
+    settings: Mapping, # read from JSON
+    table: str, # "rank_pattern" or "alpha_pattern": layer name or end of it ("^": only the whole name) -> value
+    common: str, # "r" or "lora_alpha": the value of all other layers
+    layers: Iterable[str],
+    where: object, # the file, for messages
+) -> dict[str, float]: # layer -> value
+    "What peft's settings give each layer. Names in the table count literally; one that names no layer is an error."
+    patterns, values = settings.get(table) or {}, dict.fromkeys(layers, number(settings, common, where))
+    if not isinstance(patterns, dict): raise MusiclabError(f"{table} is not a table", where, "The settings are damaged")
+    ends = {}
+    for layer in values:
+        parts = layer.split(".")
+        for end in ("^" + layer, *(".".join(parts[i:]) for i in range(len(parts)))): ends.setdefault(end, []).append(layer)
+    for key in reversed(patterns): # in peft the first that fits counts
+        fits = ends.get(key.replace("\\", "").removesuffix("$"))
+        if not fits: raise MusiclabError(f"{table} names {printable(key)}, which is no layer", where, "Patterns in files are not run")
+        values |= dict.fromkeys(fits, number(patterns, key, where))
+    return values
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #566cfe39
 HONOURED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
@@ -189,17 +208,15 @@ def check_settings(
     if kind != "LORA" or needs:
         raise MusiclabError(f"a {printable(kind)} adapter with {printable(', '.join(needs) or 'its own layout')} is not read", where,
                             "Convert it to plain LoRA with the tool that made it")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(settings.get(key) or {}, dict): raise MusiclabError(f"{key} is not a table", where, "The settings are damaged")
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #830119a8
 def parse_json(
-    text: str | bytes, # from a stranger's file
-    where: object, # the file, for messages
+    text: str | Path, # from a stranger's file, or such a file
+    where: object, # for messages
 ) -> dict:
     "A JSON table, or an error."
-    try: table = json.loads(text)
-    except (ValueError, RecursionError): table = None
+    try: table = json.loads(text.read_bytes() if isinstance(text, Path) else text)
+    except (OSError, ValueError, RecursionError): table = None
     if not isinstance(table, dict): raise MusiclabError("the settings are not a JSON table", where, "Download or save the adapter again")
     return table
 
@@ -209,8 +226,12 @@ def find(
     "Find the weights of an adapter."
     path = Path(path).expanduser()
     names = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
-    for file in [path, *(folder/name for folder in (path, path/"adapter") for name in names)]:
-        if file.is_file(): return file
+    try:
+        for file in [path, *(folder/name for folder in (path, path/"adapter") for name in names)]:
+            if file.is_file():
+                file.open("rb").close()
+                return file
+    except OSError as error: raise MusiclabError(f"cannot be read ({error.strerror})", path, "Check its rights") from None
     raise MusiclabError("no adapter here", path, "Give a .safetensors file, or a folder with adapter_model.safetensors")
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #e76f2fd2
@@ -227,11 +248,9 @@ def settle(
         raise MusiclabError(f"DoRA, but there is no magnitude for {', '.join(bare[:3])}", where, "The file is damaged")
     method = "dora" if magnitudes else "lora"
     if beside or not settings: return {layer: beside.get(layer, float(rank)) for layer, rank in ranks.items()}, method
-    alphas, table = {}, settings.get("alpha_pattern") or {}
-    for layer, rank in ranks.items():
-        said = of_layer(settings.get("rank_pattern") or {}, layer, number(settings, "r", where))
-        if said != rank: raise MusiclabError(f"the settings say rank {printable(said)}, but {layer} has {rank}", where, "It is damaged")
-        alphas[layer] = number({"lora_alpha": of_layer(table, layer, settings.get("lora_alpha"))}, "lora_alpha", where)
+    for layer, said in spread(settings, "rank_pattern", "r", ranks, where).items():
+        if said != (own := ranks[layer]): raise MusiclabError(f"the settings say rank {said:g}, but {layer} has {own}", where, "It is damaged")
+    alphas = spread(settings, "alpha_pattern", "lora_alpha", ranks, where)
     if settings.get("use_rslora") and method == "lora": return alphas, "rslora"
     return {layer: a * math.sqrt(ranks[layer]) if settings.get("use_rslora") else a for layer, a in alphas.items()}, method
 
@@ -243,10 +262,11 @@ def inspect(
     "Read an adapter of any known kind and check it. Damage, unknown entries and contradictions are errors that name them."
     weights = find(path)
     beside_it = weights.with_name("adapter_config.json")
-    settings = parse_json(beside_it.read_bytes(), beside_it) if weights.stem == "adapter_model" and beside_it.is_file() else None
+    settings = parse_json(beside_it, beside_it) if weights.stem == "adapter_model" and beside_it.is_file() else None
     tensors, header = read_safetensors(weights) if weights.suffix == ".safetensors" else (read_pickle(weights), {})
     layout = "single file" if settings is None else "peft folder"
-    if settings is None and "lora_adapter_metadata" in header: settings = parse_json(header["lora_adapter_metadata"], weights)
+    if settings is None and "lora_adapter_metadata" in header: # pipelines of diffusers prefix its keys: "transformer.r"
+        settings = {key.rpartition(".")[2]: value for key, value in parse_json(header["lora_adapter_metadata"], weights).items()}
     if settings: check_settings(settings, weights)
     about, settings = parse_json(header.get("musiclab", "{}"), weights), settings or {}
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}

@@ -68,7 +68,8 @@ def install(
         if p.requires_grad != (id(p) in learning): p.requires_grad_(id(p) in learning)
     load_adapter_state(model, adapter.tensors, name)
 
-def weaken(dora, args, output): # a hook: what DoRA adds to the base layer's output, times the strength
+def weaken(dora: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    "A forward hook: what DoRA adds to the base layer's output, times the strength."
     return output * dora.strength
 
 # %% ../nbs/0_shared/08_adapters.ipynb #ea2441b7
@@ -103,12 +104,13 @@ def load_adapter_state(
     model: nn.Module,
     state: Mapping[str, Tensor], # as `adapter_state` gives it
     name: str = "default",
+    where: object = "adapter", # where the state comes from, for messages
 ) -> None:
     "Fill an adapter that is on the model. Missing, unknown and mis-shaped weights are errors."
     own = adapter_state(model, name)
     for problem, keys in [("missing", own.keys() - state.keys()), ("unknown", state.keys() - own.keys()),
                           ("mis-shaped", [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape])]:
-        if keys: raise MusiclabError(f"{len(keys)} {problem} weights: {printable(', '.join(sorted(keys)[:3]))}", "adapter",
+        if keys: raise MusiclabError(f"{len(keys)} {problem} weights: {printable(', '.join(sorted(keys)[:3]))}", where,
                                      "It belongs to another model, or to other targets or another rank")
     for key, tensor in own.items(): tensor.copy_(state[key])
 
@@ -268,7 +270,7 @@ def load(
             root = math.sqrt if there[layer].use_rslora[name] else float
             if not math.isclose(factor := there[layer].lora_alpha[name] / root(there[layer].r[name]), adapter.factor(layer)):
                 raise MusiclabError(f"its factor is {adapter.factor(layer):g}, not {factor:g}", path, "Take its rank, alpha and method")
-        load_adapter_state(model, adapter.tensors, name)
+        load_adapter_state(model, adapter.tensors, name, path)
     else: install(model, adapter, name, dropout, trainable)
     set_strength(model, strength, name)
     return adapter

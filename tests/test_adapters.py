@@ -167,6 +167,7 @@ def test_peft_reads_our_folder(method, tmp_path):
 
 @pytest.mark.parametrize("options", [dict(), dict(use_rslora=True), dict(use_dora=True), dict(use_dora=True, use_rslora=True),
                                      dict(rank_pattern={"v_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 9}),
+                                     dict(alpha_pattern={"layers.1.self_attn.v_proj": 9, "v_proj": 3}),
                                      dict(rank_pattern={r"layers\.0\.self_attn\.v_proj": 2}, use_rslora=True)])
 def test_we_read_a_folder_made_by_peft_and_write_it_again(options, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
@@ -270,6 +271,16 @@ def test_without_any_alpha_the_factor_is_one_and_the_report_says_so(tmp_path):
     other = llama()
     report = adapters.load(other, tmp_path/"bare.safetensors")
     assert torch.allclose(output(other), output(model), atol=1e-6) and "not recorded" in str(report)
+
+
+def test_we_read_what_a_pipeline_of_diffusers_saves(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+    theirs = trained(diffusion(), targets=r"transformer_blocks\.\d+\.attn\.(to_q|to_v)")
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(theirs),
+                                               transformer_lora_adapter_metadata=theirs.peft_config["default"].to_dict())
+    model = diffusion()
+    report = adapters.load(model, tmp_path)
+    assert torch.allclose(denoised(model), denoised(theirs), atol=1e-6) and report.alpha == 6
 
 
 # ---- layouts: rows in another order

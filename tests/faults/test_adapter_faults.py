@@ -114,14 +114,19 @@ def test_damaged_bytes_give_a_clear_error_or_numbers(data, tmp_path_factory):
     except MusiclabError as error: assert "\n" not in str(error)
 
 
-def test_an_unreadable_file(good, tmp_path, as_nobody):
-    file = tmp_path/"a.safetensors"
-    file.write_bytes((good/"one.safetensors").read_bytes())
-    file.chmod(0)
-    def attempt():
-        try: inspect(file)
+def test_unreadable_files_and_folders(good, tmp_path, as_nobody):
+    changed(good, tmp_path/"settings")
+    changed(good, tmp_path/"folder")
+    (tmp_path/"a.safetensors").write_bytes((good/"one.safetensors").read_bytes())
+    torch.save({}, tmp_path/"a.bin")
+    for closed in ("a.safetensors", "a.bin", "settings/adapter_config.json", "folder"): (tmp_path/closed).chmod(0)
+    def attempt(name):
+        try: inspect(tmp_path/name)
         except MusiclabError as error: return str(error)
-    assert "a.safetensors" in as_nobody(attempt)
+    for name, word in [("a.safetensors", "denied"), ("a.bin", "denied"), ("settings", "adapter_config.json"), ("folder", "denied")]:
+        text = as_nobody(attempt, name)
+        assert name in text and word in text
+    (tmp_path/"folder").chmod(0o755)
 
 
 # ---- adapters that do not fit
@@ -176,8 +181,9 @@ def test_settings_that_are_no_settings(text, good, tmp_path):
 
 
 def test_patterns_in_a_file_are_never_run_as_expressions(good, tmp_path):
-    bomb = {"(([a-z_.0-9]+)+)+!": 8}  # as a regular expression this would not end
-    adapters.load(llama(), changed(good, tmp_path/"bad", settings=lambda s: s | dict(alpha_pattern=bomb, target_modules="((.+)+)+!")))
+    bomb = "(([a-z_.0-9]+)+)+!"  # as a regular expression this would not end
+    adapters.load(llama(), changed(good, tmp_path/"fine", settings=lambda s: s | dict(target_modules=bomb)))
+    refused(changed(good, tmp_path/"bad", settings=lambda s: s | dict(alpha_pattern={bomb: 8})), "alpha_pattern names", "no layer")
 
 
 @pytest.mark.parametrize("about, word", [
