@@ -245,11 +245,12 @@ def settle(
     ranks = {key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in tensors.items() if key.endswith(".lora_A.weight")}
     magnitudes = [layer for layer in ranks if f"{layer}.lora_magnitude_vector" in tensors]
     if (magnitudes or settings.get("use_dora")) and (bare := [layer for layer in ranks if layer not in magnitudes]):
-        raise MusiclabError(f"DoRA, but there is no magnitude for {', '.join(bare[:3])}", where, "The file is damaged")
+        raise MusiclabError(f"DoRA, but there is no magnitude for {', '.join(bare[:3])}", where, "It is damaged")
     method = "dora" if magnitudes else "lora"
     if beside or not settings: return {layer: beside.get(layer, float(rank)) for layer, rank in ranks.items()}, method
     for layer, said in spread(settings, "rank_pattern", "r", ranks, where).items():
-        if said != (own := ranks[layer]): raise MusiclabError(f"the settings say rank {said:g}, but {layer} has {own}", where, "It is damaged")
+        if said != ranks[layer]:
+            raise MusiclabError(f"the settings say rank {said:g}, but {layer} has {ranks[layer]}", where, "It is damaged")
     alphas = spread(settings, "alpha_pattern", "lora_alpha", ranks, where)
     if settings.get("use_rslora") and method == "lora": return alphas, "rslora"
     return {layer: a * math.sqrt(ranks[layer]) if settings.get("use_rslora") else a for layer, a in alphas.items()}, method
