@@ -249,11 +249,11 @@ def generate(
     adapter: Annotated[Optional[Path], typer.Option(help="An adapter: a peft folder, a safetensors file, or a run's output folder.")] = None,
     strength: Annotated[float, typer.Option(help="Of the adapter: 0 is the model as it was, 1 as it was trained.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="Length of each piece.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="The same seed plays the same piece.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed plays the same piece; further prompts count up from it.")] = 0,
     guidance: Annotated[float, typer.Option(help="How strictly the prompt is followed; 1 is off.")] = 3.0,
     temperature: Annotated[float, typer.Option(help="Daring: below 1 safer, above 1 wilder; 0 always takes the likeliest.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 250,
-    extend: Annotated[Optional[Path], typer.Option("--continue", help="Go on from this piece of sound.")] = None,
+    start: Annotated[Optional[Path], typer.Option("--continue", help="Go on from this piece of sound.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 (weights only).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     out: Annotated[Path, typer.Option(help="A .wav, .flac, .ogg or .mp3 file; several prompts are numbered.")] = Path("out.wav"),
@@ -262,16 +262,17 @@ def generate(
 
     Example: `musiclab generate --model facebook/musicgen-small --adapter output --prompt "808 hip hop beat" --seconds 20 --out beat.wav`
     """
-    from musiclab import recipes
+    from musiclab import audio, recipes
     from musiclab.core import fetch
-    if adapter: adapter = recipes.result_in(adapter)
-    settings = dict(seconds=seconds, seed=seed, adapter=adapter, strength=strength, guidance=guidance, temperature=temperature, top_k=top_k,
-                    extend=extend, precision=precision, device=device)
+    make = recipes.look_up(recipes.family_of(fetch(model)).generate)
+    settings = dict(seconds=seconds, seed=seed, guidance=guidance, temperature=temperature, top_k=top_k, strength=strength)
     prompts = prompt or [""]
-    pieces = recipes.look_up(recipes.family_of(fetch(model)).generate)(model, prompts, **settings)
+    pieces = make(model, prompts, **settings, adapter=recipes.result_in(adapter) if adapter else None, start=audio.load(start) if start else None,
+                  device=device, dtype="auto" if precision == "int8" else precision, int8=precision == "int8")
     for i, (text, piece) in enumerate(zip(prompts, pieces)):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i:02d}")
-        piece.save(path, params={k: str(v) if isinstance(v, Path) else v for k, v in settings.items()} | {"model": model, "prompt": text})
+        written = settings | {"seed": seed + i, "model": model, "prompt": text, "adapter": str(adapter) if adapter else None, "precision": precision}
+        piece.save(path, params=written)
         typer.echo(f"wrote {path}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #b4ec947b
@@ -319,4 +320,4 @@ def export(
     typer.echo(f"wrote {recipes.export(adapter, out, to, model, strength)}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #933f08cf
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "get_ipython" not in globals(): main() # python -m musiclab.cli; a notebook has no command line

@@ -4,7 +4,7 @@
 __all__ = ['songs_part', 'data_part', 'Trained', 'train_part', 'training_blocks', 'listening_blocks', 'run']
 
 # %% ../nbs/5_tools/52_demo.ipynb #6b573fa0
-import platform, time
+import html, platform, time
 from dataclasses import dataclass
 from pathlib import Path
 from . import __version__, compose, data, recipes, show
@@ -28,9 +28,9 @@ def songs_part(folder: Path, count: int, seconds: float) -> list: # blocks of th
 def data_part(folder: Path, valid: float) -> tuple: # train, valid, blocks of the report
     "Check and split."
     tracks = data.read(folder)
-    report = data.check(tracks, full=True)
-    train, held_out = data.split(tracks, valid=valid)
-    return train, held_out, ["## 2 · Checked and split", f"{len(train)} songs to learn from, {len(held_out)} to test with; no song on both sides.", show.Text(str(report))]
+    report = data.check(tracks, decode=True)
+    train, held_out = data.split(tracks, valid)
+    return train, held_out, ["## 2 · Checked and split", f"{len(train)} songs to learn from, {len(held_out)} to test with; no song on both sides.", show.View(f"<pre>{html.escape(str(report))}</pre>", str(report))]
 
 # %% ../nbs/5_tools/52_demo.ipynb #a0b59dc4
 @dataclass

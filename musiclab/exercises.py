@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['adapter_files_1', 'adapter_files_2', 'adapters_1', 'adapters_2', 'audio_1', 'audio_2', 'band_1', 'batches_1',
-           'checkpoints_1', 'clips_1', 'compose_1', 'config_1', 'config_2', 'core_1', 'data_1', 'data_2', 'decode_1',
-           'decode_2', 'demo_1', 'doctor_1', 'drums_1', 'dsp_1', 'dsp_2', 'encode_1', 'engine_1', 'evaluate_1',
-           'features_1', 'features_2', 'files_1', 'harmony_1', 'layers_1', 'layers_2', 'log_1', 'midi_1', 'midi_2',
-           'musicgen_checkpoint_1', 'musicgen_codes_1', 'musicgen_codes_2', 'musicgen_convert_1', 'musicgen_data_1',
-           'musicgen_decoder_1', 'musicgen_generate_1', 'musicgen_model_1', 'musicgen_sampling_1', 'musicgen_train_1',
-           'optim_1', 'players_1', 'readers_1', 'rows_1', 'shards_1', 'show_1', 'styles_1', 'synth_1', 'task_1',
-           'tracks_1', 'voices_1', 'writers_1']
+           'checkpoints_1', 'cli_1', 'clips_1', 'compose_1', 'config_1', 'config_2', 'core_1', 'data_1', 'data_2',
+           'decode_1', 'decode_2', 'demo_1', 'doctor_1', 'drums_1', 'dsp_1', 'dsp_2', 'encode_1', 'engine_1',
+           'evaluate_1', 'features_1', 'features_2', 'files_1', 'harmony_1', 'layers_1', 'layers_2', 'log_1', 'midi_1',
+           'midi_2', 'musicgen_checkpoint_1', 'musicgen_codes_1', 'musicgen_codes_2', 'musicgen_convert_1',
+           'musicgen_data_1', 'musicgen_decoder_1', 'musicgen_generate_1', 'musicgen_model_1', 'musicgen_sampling_1',
+           'musicgen_train_1', 'optim_1', 'players_1', 'readers_1', 'recipes_1', 'rows_1', 'shards_1', 'show_1',
+           'styles_1', 'synth_1', 'task_1', 'tracks_1', 'train_1', 'voices_1', 'writers_1']
 
 # %% ../nbs/5_tools/53_exercises.ipynb #ef6cba7b
 def adapter_files_1(factor) -> None:
@@ -133,6 +133,15 @@ def checkpoints_1(deletable) -> None:
     assert sorted(gone) == [250, 500, 1250, 1500, 1750], f"Left to delete: {sorted({250, 500, 1250, 1500, 1750} - set(gone))}."
     assert sorted(deletable(steps[::-1])) == sorted(gone), "The steps may come in any order: sort them first."
     assert list(deletable([5, 10])) == [], "With fewer than three checkpoints nothing may go."
+
+# %% ../nbs/5_tools/53_exercises.ipynb #50d2a2e9
+def cli_1(exit_status) -> None:
+    "Exercise of `51_cli`: exit statuses after signals."
+    status = exit_status("SIGINT")
+    assert status is not None, "The function returns nothing yet: end it with `return …`."
+    assert status != 2, "That is the signal's number; add 128."
+    assert status == 130, f"SIGINT is signal 2, so the status is 130, not {status}."
+    assert exit_status("SIGTERM") == 143, "SIGTERM is signal 15, so the status is 143."
 
 # %% ../nbs/5_tools/53_exercises.ipynb #d5cff760
 def clips_1(tempo_error) -> None:
@@ -620,6 +629,15 @@ def readers_1(patterns) -> None:
     assert track.tags == ("piano", "slow"), "The caption of rain.mp3 stands in rain.about.txt: what stands for `rain` in a pattern?"
     assert track.lyrics == "Drip, drop", "The lyrics of rain.mp3 stand in words/rain.txt: a pattern may name a folder."
 
+# %% ../nbs/5_tools/53_exercises.ipynb #5e970d3f
+def recipes_1(did_you_mean) -> None:
+    "Exercise of `50_recipes`: the nearest name."
+    known = ["techno", "waltz", "piano ballad"]
+    near = did_you_mean("tekno", known)
+    assert near is not None, "Nothing is suggested for 'tekno': get_close_matches returns a list, whose first entry is the nearest."
+    assert near == "techno", f"For 'tekno' the nearest is 'techno', not {near!r}."
+    assert did_you_mean("xyz", known) is None, "For 'xyz' nothing is near: return None rather than a wild guess."
+
 # %% ../nbs/5_tools/53_exercises.ipynb #2004c9cf
 def rows_1(playlist_rows) -> None:
     "Exercise of `05b_rows`: a reader for play lists."
@@ -713,6 +731,15 @@ def tracks_1(of_length) -> None:
     assert "song 2" not in keys, "A track of unknown length (nan in the column) must not be chosen: nan compares as False, so use it that way."
     assert keys == ["song 1", "song 3"], f"Between 30 and 60 s lie song 1 and song 3, not {keys}."
     assert len(of_length(tracks, 5000, 6000)) == 0, "Nothing is that long: the answer is an empty collection."
+
+# %% ../nbs/5_tools/53_exercises.ipynb #724e14b2
+def train_1(best_step) -> None:
+    "Exercise of `11_train`: the step with the lowest validation loss."
+    history = [{"step": 0, "valid": {"loss": 4.8}}, {"step": 1, "loss": 0.1}, {"step": 20, "valid": {"loss": 1.9}}, {"step": 40, "valid": {"loss": 2.2}}]
+    step = best_step(history)
+    assert step is not None, "The function returns nothing yet: end it with `return …`."
+    assert step != 1, "That is the lowest training loss: it goes on falling while the model learns by heart."
+    assert step == 20, f"The validation losses are 4.8, 1.9 and 2.2: the lowest is at step 20, not {step}."
 
 # %% ../nbs/5_tools/53_exercises.ipynb #4ecaaaa6
 def voices_1(tremolo) -> None:

@@ -58,7 +58,8 @@ def family_of(
 # %% ../nbs/5_tools/50_recipes.ipynb #86d8d022
 def ready_configs() -> dict[str, Path]: # name -> file
     "The configurations that come with the package."
-    root = Path(str(files("musiclab")/"config_files"))
+    package = Path(str(files("musiclab")))
+    root = next(p for p in (package/"config_files", package.parent/"config") if p.is_dir()) # installed, or a checkout
     return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*")) if p.suffix in (".yaml", ".json")}
 
 def find_config(
@@ -100,7 +101,8 @@ def train(
 ): # musiclab.train.Run
     "Train as a configuration says."
     from musiclab.train import fit
-    return fit(look_up(family(config.task).task)(config), *read_data(config), config)
+    train, valid = read_data(config) # first: a mistyped folder should not cost the download of a model
+    return fit(look_up(family(config.task).task)(config), train, valid, config)
 
 # %% ../nbs/5_tools/50_recipes.ipynb #2e5b7544
 def result_in(

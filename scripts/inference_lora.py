@@ -1,0 +1,6 @@
+"Let MusicGen play with a trained adapter: python scripts/inference_lora.py --adapter output --prompt \"808 hip hop beat\" --out beat.wav"
+import sys
+
+from musiclab.cli import main
+
+main(["generate", *sys.argv[1:]])
