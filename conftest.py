@@ -1,11 +1,21 @@
 "Collects `nbs/**/*.ipynb` as tests, so that one `pytest` runs and counts tests and notebooks together."
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).parent
+
+
+def pytest_configure(config):
+    "Tests and notebooks store what they compute in a home of their own, not in the user's."
+    os.environ["MUSICLAB_HOME"] = config.musiclab_home = tempfile.mkdtemp(prefix="musiclab-home-")
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.musiclab_home, ignore_errors=True)
 
 
 def global_state() -> dict:
