@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['USUAL_RATES', 'mojibake', 'read_over', 'Finding', 'hear', 'look', 'twins', 'listed', 'Report', 'across', 'join_twins',
-           'check', 'drawn', 'split', 'Source', 'Track', 'Tracks', 'read', 'WRITERS', 'to_metadata', 'to_audiofolder',
-           'to_audiocraft', 'to_hf']
+           'check', 'drawn', 'split', 'Source', 'Track', 'Tracks', 'read', 'resampled', 'WRITERS', 'to_metadata',
+           'to_audiofolder', 'to_audiocraft', 'to_hf']
 
 # %% ../nbs/0_shared/05e_data.ipynb #8580e0c2
 import os, re
@@ -17,9 +17,10 @@ import numpy as np
 from .core import MusiclabError, Problem, progress, seed_from
 from .readers import read
 from .tracks import MIDI_SUFFIXES, Source, Track, Tracks, counted_from_0
-from .writers import WRITERS, to_audiocraft, to_audiofolder, to_hf, to_metadata # noqa: F401
+from .writers import WRITERS, resampled, to_audiocraft, to_audiofolder, to_hf, to_metadata # noqa: F401
 
-_all_ = ["Source", "Track", "Tracks", "read", "WRITERS", "to_metadata", "to_audiofolder", "to_audiocraft", "to_hf"] # the ways in and out
+# the ways in and out belong to it
+_all_ = ["Source", "Track", "Tracks", "read", "resampled", "WRITERS", "to_metadata", "to_audiofolder", "to_audiocraft", "to_hf"]
 
 # %% ../nbs/0_shared/05e_data.ipynb #f98f1fb0
 _east = re.compile(r"[⺀-鿿가-힣豈-﫿！-｠]") # Chinese, Japanese and Korean letters
@@ -91,6 +92,7 @@ def hear(
         if clipped > 0.001: found.remarks.append(f"clipped: {clipped:.1%} of the samples at full scale")
     return found
 
+# %% ../nbs/0_shared/05e_data.ipynb #29acb60b
 def look(
     track: Track, # any track
     decode: bool = False, # decode sound, rather than read its header
@@ -151,7 +153,8 @@ class Report:
         seconds, lyrics = self.tracks.column("seconds"), self.tracks.column("lyrics")
         known = seconds[~np.isnan(seconds)]
         texts = sum(bool(caption or tags) for caption, tags in zip(self.tracks.column("caption"), self.tracks.column("tags")))
-        lines = [f"{len(self.tracks)} tracks of {len(set(self.tracks.column('group')))} songs, {known.sum() / 3600:.2f} hours"]
+        long = f"{known.sum() / 3600:.1f} hours" if known.sum() >= 3600 else f"{known.sum() / 60:.1f} minutes"
+        lines = [f"{len(self.tracks)} tracks of {len(set(self.tracks.column('group')))} songs, {long}"]
         for name in "formats", "rates", "channels", "tags":
             most = [f"{what} ({n})" for what, n in getattr(self, name).most_common(12)]
             if most: lines.append(f"  {name:<9}{', '.join(most)}{', …' * (len(getattr(self, name)) > 12)}")
@@ -195,11 +198,11 @@ def join_twins(
 # %% ../nbs/0_shared/05e_data.ipynb #92e2219c
 def check(
     tracks: Tracks, # what `read` gave
-    decode: bool = False, # decode all sound: slower, and it finds silence, clipping and files that break off
+    decode: bool = False, # decode all sound: slower, and finds silence, clipping, files that break off, twins in data sets
     shortest: float = 1.0, # seconds: less is of no use
     workers: int | None = None, # threads; None takes one for each core
 ) -> Report:
-    "Look at every track. Raises MusiclabError when none can be used."
+    "Look at every track; headers and equal files only, unless `decode`. Raises MusiclabError when none can be used."
     counts, problems, remarks, good, seconds = [Counter() for _ in range(4)], list(tracks.problems), [], [], []
     def block(start): return [(track, look(track, decode, shortest)) for track in tracks[start:start + 32]]
     with ThreadPool(workers) as pool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .audio import AUDIO_SUFFIXES
-from .core import MusiclabError, Problem, home, prepare_imports
+from .core import MusiclabError, Problem, home, prepare_imports, progress
 from .files import Root, decode_text, describe, walk
 from .rows import audiocraft_rows, csv_rows, hf_rows, inside, json_rows, jsonl_rows, row_tracks, saved_by_hf, split_of
 from .tracks import MIDI_SUFFIXES, SPLITS, Source, Track, Tracks, file_bytes
@@ -150,16 +150,17 @@ def stream(
 # %% ../nbs/0_shared/05c_readers.ipynb #a7f9647f
 def nothing(
     where: object, # what was read
-    tracks: Tracks, # without a single track, but perhaps with problems
-    options: Options, # how it was read
+    format: str, # in which way
+    problems: list[Problem], # what was rejected
+    kind: str | None, # of music that was wanted
 ) -> MusiclabError:
     "The error for a data set without any music."
-    if listed := tracks.problems:
-        return MusiclabError(f"none of the {len(listed)} found can be used; the first: {listed[0]}", where, "Mend them, then read again")
-    names = [name for item in walk(Root(str(where))) for name in item[1]] if os.path.isdir(where) else []
+    if problems: return MusiclabError(f"none of the {len(problems)} found can be used; the first: {problems[0]}", where)
+    if format != "folder": return MusiclabError("describes no music", where, "Look into its tables, or read the bare folder: format='folder'")
+    names = [name for _, names in walk(Root(os.path.realpath(where))) for name in names]
     found = Counter(os.path.splitext(name)[1].lower() or name for name in names).most_common(4)
     what = "only " + ", ".join(f"{n} {suffix}" for suffix, n in found) if found else "nothing at all"
-    return MusiclabError(f"no {options.kind or 'audio or MIDI'} in it, {what}", where, "Name the folder that holds the music")
+    return MusiclabError(f"no {kind or 'audio or MIDI'} in it, {what}", where, "Name the folder that holds the music")
 
 def read(
     where, # a folder, a manifest, a data set on the hub ("owner/name"), a datasets.Dataset
@@ -178,6 +179,7 @@ def read(
         root = root or (path.parent if path.is_file() or saved_by_hf(path) else path) # a saved data set may name files that lie beside it
     else: format, paths, root = "hf", [where], root or os.getcwd()
     root = Root(os.path.realpath(root), allow_outside)
-    tracks = Tracks.gather(item for path in paths for item in stream(format, path, root, options))
-    if not len(tracks): raise nothing(where, tracks, options)
+    items = (item for path in paths for item in stream(format, path, root, options))
+    tracks = Tracks.gather(progress(items, "reading", unit=" tracks"))
+    if not len(tracks): raise nothing(where, format, tracks.problems, options.kind)
     return tracks.regroup()

@@ -281,5 +281,5 @@ def hf_rows(
         rows = iter(plain) if plain.column_names else ({} for _ in range(len(part)))
         for number, (row, *places) in enumerate(zip(rows, *(Cells(part, name).places(split) for name in names))):
             row |= {name: name_of(row[name]) for name, name_of in labels.items() if row[name] is not None} | dict(zip(names, places))
-            if sound and not {"audio"} & row.keys(): row["audio"] = row.pop(sound[0]) # a column of sound is the sound, whatever its name
+            if sound and "audio" not in row: row["audio"] = row.pop(sound[0]) # a column of sound is the sound, whatever its name
             yield f"{split}[{number}]", {"split": None if split == "row" else split} | row

@@ -9,7 +9,7 @@ __all__ = ['MIDI_SUFFIXES', 'PLACE', 'COLUMNS', 'SPLITS', 'file_bytes', 'cell_by
 import io, json, os, re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -245,16 +245,18 @@ class Tracks(Sequence):
         if isinstance(which, slice): return self.select(range(*which.indices(len(self))))
         return next(unpack(self.table.slice(range(len(self))[which], 1), self.stores))
     def __add__(self, other: "Tracks") -> "Tracks": return Tracks.gather(chain(self, other, self.problems, other.problems))
-    def __repr__(self) -> str: return f"Tracks({len(self)} of {len(set(self.column('group')))} songs, {len(self.problems)} problems)"
+    def __repr__(self) -> str: return f"Tracks({len(self)} tracks, {len(set(self.column('group')))} songs, {len(self.problems)} problems)"
 
     def select(self, rows: Iterable[int]) -> "Tracks":
         "The tracks of these rows, in this order."
         return Tracks(self.table.take(pa.array(rows, pa.int64())), self.stores, self.problems)
     def column(self, name: str) -> "list | np.ndarray":
         "One field of every track, or one of the extra values."
-        return column(self.table, name)
+        return [getattr(track, name) for track in self] if name in ("source", "tokens", "text") else column(self.table, name)
     def with_column(self, name: str, values: Sequence) -> "Tracks":
         "A copy in which one field of every track, or one of the extra values, is replaced."
+        if name in ("source", "tokens"):
+            return Tracks.gather(chain((replace(track, **{name: value}) for track, value in zip(self, values, strict=True)), self.problems))
         return Tracks(with_column(self.table, name, values), self.stores, self.problems)
     def regroup(self, pattern: str | None = None) -> "Tracks":
         "A copy with new groups: by a regular expression whose first group is the song, else recognised by name where nobody has told."

@@ -2,17 +2,19 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'AUDIOCRAFT', 'Writer', 'WRITERS', 'plain_row', 'suffix_of', 'file_names', 'fresh_folder', 'copy_files',
-           'to_metadata', 'write_lines', 'to_audiofolder', 'to_audiocraft', 'hf_row', 'hf_types', 'to_hf']
+           'to_metadata', 'write_lines', 'to_audiofolder', 'to_audiocraft', 'hf_row', 'hf_types', 'to_hf', 'Resampled',
+           'resampled']
 
 # %% ../nbs/0_shared/05d_writers.ipynb #9b647cf5
 import json, os, re, shutil, tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from .core import MusiclabError, atomic_folder, prepare_imports
 from .rows import NAMES, no_bars
-from .tracks import SPLITS, Source, Track, Tracks, unique
+from .tracks import MIDI_SUFFIXES, SPLITS, Source, Track, Tracks, unique
 
 # %% ../nbs/0_shared/05d_writers.ipynb #8d77fa17
 def plain_row(
@@ -189,6 +191,31 @@ def to_hf(
         if "audio" in types: made = made.cast_column("audio", datasets.Audio(decode=False))
         (made if any(splits) else made["train"]).save_to_disk(str(beside))
     return Path(folder)
+
+# %% ../nbs/0_shared/05d_writers.ipynb #9f1077fb
+@dataclass(frozen=True)
+class Resampled(Sequence):
+    "Sounds at another rate, made when they are asked for."
+    sources: list[Source] # the sounds as they are
+    rate: int # samples per second
+    channels: int | None = None # None keeps what each has
+    def __len__(self) -> int: return len(self.sources)
+    def __getitem__(self, row: int) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            sound = self.sources[row].audio(rate=self.rate, channels=self.channels)
+            return sound.save(Path(folder, "sound.flac")).read_bytes()
+
+def resampled(
+    tracks: Tracks, # any tracks; notes and tokens stay as they are
+    rate: int, # samples per second, such as 32000 for MusicGen
+    channels: int | None = None, # 1 or 2; None keeps what each has
+) -> Tracks:
+    "The same tracks with their sound at one rate, as flac. Nothing is computed before it is read."
+    sources = tracks.column("source")
+    cells = Resampled(sources, rate, channels)
+    sounds = [source is not None and source.suffix not in MIDI_SUFFIXES for source in sources]
+    new = [Source(key.rpartition("/")[2] + ".flac", cells, row) for row, key in enumerate(tracks.column("key"))]
+    return tracks.with_column("source", [new[row] if sounds[row] else source for row, source in enumerate(sources)])
 
 # %% ../nbs/0_shared/05d_writers.ipynb #08d437d4
 Writer = Callable[[Tracks, str | Path], Path]

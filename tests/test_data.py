@@ -13,7 +13,7 @@ import soundfile
 from hypothesis import given, settings, strategies as st
 
 from musiclab.core import MusiclabError, prepare_imports
-from musiclab.data import WRITERS, Source, Track, Tracks, check, drawn, read, split
+from musiclab.data import WRITERS, Source, Track, Tracks, check, drawn, read, resampled, split, to_hf
 from musiclab.tracks import songs_of
 
 
@@ -320,6 +320,14 @@ def test_real_music(music):
 def test_real_formats(music):
     report = check(read(music / "audio" / "formats"), decode=True)
     assert len(report.tracks) == 14 and not report.problems and {"mp3", "aac", "opus", "wmav2", "alac"} <= report.formats.keys()
+
+
+def test_real_formats_at_one_rate(music, tmp_path):
+    tracks = check(read(music / "audio" / "formats")).tracks.select(range(0, 14, 3))
+    before = dict(zip(tracks.column("key"), tracks.column("seconds")))
+    report = check(read(to_hf(resampled(tracks, 32000, channels=1), tmp_path / "made")))
+    assert report.rates == {32000: 5} and report.channels == {1: 5} and report.formats == {"flac": 5}
+    assert all(abs(track.seconds - before[track.key]) < 0.05 for track in report.tracks)
 
 
 def test_real_damaged_notes(music):

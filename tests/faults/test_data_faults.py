@@ -40,7 +40,7 @@ BAD_SOUNDS = { # bytes, and a word of the reason
 ODD_SOUNDS = {
     "six channels.wav": (sound(np.tile(WAVE[:, None], (1, 6))), "6 channels"), "telephone.wav": (sound(WAVE, 8000), "unusual rate"),
     "clipped.wav": (sound(np.clip(WAVE * 9, -1, 1)), "clipped"), "mostly silent.wav": (sound(np.pad(WAVE, (0, 32000))), "silent for 67%"),
-    "flac named mp3.mp3": (A, "no caption"), "broken off.wav": (sound(np.tile(WAVE, 4))[:-96000], "")}
+    "flac named mp3.mp3": (A, "no caption"), "cut.flac": (tone(220, 4.0)[:12000], "breaks off")}
 
 def test_bad_sounds_are_named_and_good_ones_come_through(tmp_path):
     put(tmp_path, {"good.flac": A, "also good.wav": sound(np.tile(WAVE, 3), 44100)})
@@ -64,6 +64,8 @@ def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(MusiclabError, match="none of the 1 found can be used.*a.wav: an empty file"): read(tmp_path, kind="audio")
     with pytest.raises(MusiclabError, match="none of the 2 tracks can be used"): check(read(tmp_path))
     with pytest.raises(MusiclabError, match="no such file or folder"): read(tmp_path / "nowhere")
+    for table in "[]", '{"samples": []}':
+        with pytest.raises(MusiclabError, match="describes no music"): read(put(tmp_path / "set", {"a.flac": A, "metadata.json": table}))
     with pytest.raises(MusiclabError, match="no such kind: 'video'"): read(tmp_path, kind="video")
     with pytest.raises(MusiclabError, match="not a table of music"): read(put(tmp_path, {"song.mp3": b"ID3"}) / "song.mp3")
 
