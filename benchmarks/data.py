@@ -1,4 +1,4 @@
-"""How fast sound is read, in times real time, beside librosa in the same run.
+"""How fast sound is read, in times real time, beside librosa in the same run; with `--part store` how fast features are (store.py).
 
     python benchmarks/data.py                      # everything
     python benchmarks/data.py --part decode --seconds 60
@@ -104,7 +104,13 @@ def resample_part(sound, repeats):
     table("mel, 128 bands", [("n_fft 2048, hop 512", *best([partial(log_mel, samples, 44100), theirs], repeats))], sound.seconds)
 
 
-PARTS = {"decode": decode_part, "resample": resample_part}
+def store_part(sound, repeats):
+    "Encoded songs, written and read."
+    import store
+    store.store_part(sound, repeats)
+
+
+PARTS = {"decode": decode_part, "resample": resample_part, "store": store_part}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -204,7 +204,7 @@ def name_all(
             try: yield t, n, digests.key(input), input_id(input)
             except BAD as error: yield t, n, error, None
     owners, keys, ids = [], [], []
-    for entries in read_ahead(lambda entries: list(name(entries)), iter(lambda: list(islice(inputs, 8)), [])):
+    for entries in read_ahead(lambda entries: list(name(entries)), iter(lambda: list(islice(inputs, 32)), [])):
         for t, n, key, id in entries:
             if isinstance(key, Exception): problems.setdefault(t, Problem.of(key, tracks[t].key))
             else: owners.append((t, n)); keys.append(key); ids.append(id)

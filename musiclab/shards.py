@@ -223,7 +223,7 @@ class Stock:
 
     def __str__(self):
         damaged = f", {self.damaged} damaged ones set aside" if self.damaged else ""
-        stock = f"{self.rows:>9,} rows {human(self.bytes):>8} in {self.shards} shards{damaged}"
+        stock = f"{self.rows:>9,} rows {human(self.bytes):>8} in {self.shards} shard{'s' * (self.shards != 1)}{damaged}"
         return f"{self.name:<10} {stock}, last used {self.used:%Y-%m-%d}  {self.folder}"
 
 def useless(
