@@ -57,7 +57,10 @@ def fresh_folder(
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MusiclabError("exists already and is not empty", path, "Choose a new folder")
-    with atomic_folder(path) as beside: yield beside
+    try:
+        with atomic_folder(path) as beside: yield beside
+    except OSError as error:
+        raise MusiclabError(f"cannot be written ({error.strerror or error})", path, "Check the folder and the free space") from error
 
 def copy_files(
     tracks: Tracks, # what to copy

@@ -1,4 +1,5 @@
 "Damage to data: what is bad is named and left out, what is good comes through, and nothing leads out of the folder."
+import errno
 import gzip
 import io
 import json
@@ -240,6 +241,32 @@ def test_writing_never_harms_what_is_there(tmp_path, write):
     (tmp_path / "songs" / "b.flac").unlink()
     with pytest.raises(MusiclabError, match="b.flac"): write(tracks, tmp_path / "made")
     assert os.listdir(tmp_path) == ["songs"] and os.listdir(tmp_path / "songs") == ["a.flac"] # nothing half done is left
+
+
+@pytest.mark.parametrize("write", [to_metadata, to_audiofolder, to_audiocraft, to_hf])
+def test_a_full_disk_leaves_nothing_half_done(tmp_path, monkeypatch, write):
+    tracks = Tracks.gather([Track("a", Source.of(A, "a.flac")), Track("b", Source.of(B, "b.flac"))])
+    written = []
+    def fills(path, data, write=Path.write_bytes):
+        if len(written) == 1: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        return write(path, data)
+    monkeypatch.setattr(Path, "write_bytes", fills)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write", lambda writer, row: fills(tmp_path / ".row", b""))
+    with pytest.raises(MusiclabError, match=r"made: cannot be written \(No space left on device\)"): write(tracks, tmp_path / "made")
+    (tmp_path / ".row").unlink(missing_ok=True)
+    assert not os.listdir(tmp_path)
+
+
+def write_here(folder: str) -> str:
+    try: to_metadata(Tracks.gather([Track("a", Source.of(A, "a.flac"))]), Path(folder, "made"))
+    except MusiclabError as error: return str(error)
+
+def test_a_folder_that_may_not_be_written(tmp_path, as_nobody):
+    tmp_path.chmod(0o500)
+    error = as_nobody(write_here, str(tmp_path))
+    tmp_path.chmod(0o700)
+    assert "cannot be written (Permission denied)" in error
 
 
 def test_broken_data_sets(tmp_path):
