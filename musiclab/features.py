@@ -157,10 +157,12 @@ class OnDemand(Prepared):
         self.device, self.home, self.lock, self.encoders, self.stack = device, os.getpid(), threading.Lock(), {}, ExitStack()
 
     @property
-    def portable(self) -> bool: # features that need no device are encoded wherever they are asked for
+    def portable(self) -> bool:
+        "Whether loader workers can make the rows themselves: where no feature wants a device."
         return all(feature.where == "worker" for feature in self.features)
 
     def row(self, feature: Feature, input) -> dict[str, np.ndarray]:
+        "One row, encoded now."
         with self.lock:
             if (os.getpid(), feature.name) not in self.encoders:
                 if feature.where == "device" and os.getpid() != self.home:
@@ -172,6 +174,7 @@ class OnDemand(Prepared):
         return row
 
     def close(self) -> None:
+        "Free the encoders."
         self.encoders.clear()
         self.stack.close()
 

@@ -212,7 +212,8 @@ class Stock:
     used: datetime # when a run last asked for it
 
     @classmethod
-    def of(cls, folder: Path) -> "Stock": # a folder with a feature.json
+    def of(cls, folder: Path) -> "Stock":
+        "What is in a folder that has a `feature.json`."
         about = json.loads((folder/"feature.json").read_text())
         shards, rows = list(folder.glob("[0-9a-f]*.safetensors")), 0
         for path in shards:
