@@ -58,20 +58,20 @@ RAP = {
                 "不睡觉我们数到第四拍 / 八零八的心跳推门进来"))}
 
 # %% ../nbs/0_shared/03c_styles.ipynb #fc4e1b56
-HIP_HOP = Style("808 hip hop", bpm=(130, 150), moods={"minor": ("dark", "moody", "hard", "nocturnal", "confident")},
+HIP_HOP = Style("808 hip hop", bpm=(130, 146), moods={"minor": ("dark", "moody", "hard", "nocturnal", "confident")},
     progressions={"minor": dict(verse=("i i VI VI", "i iv i V", "i VI iv V", "i i iv VI"),
                                 chorus=("i VI III VII", "i VII VI V", "i iv VI V", "i VI iv v"))},
     grooves=(
         dict(kick=("x.....x...x.....", "x.....x...x..x.."), snare=("........X.......",), clap=("........x.......",),
-             hat=("x.x.x.x.x.x.x.x.", "x.x.x.3-x.2x6---"), open=("..............x.", "................"), fill=("3-6-",),
+             hat=("X.x.X.x.X.x.X.x.", "X.x.X.3-X.2x6---"), open=("..............x.", "................"), fill=("3-6-",),
              bass=("1-----1--.1-----", "1-----1--.1-~8--"), keys=("x---------------",), arp=("1.3.4.3.5.3.4.2.",),
              lead=("x--x--x---......", "x-x-x--x--x-....", "x-----x-x-x-x---")),
         dict(kick=("x..x......x.....", "x..x......x...x."), snare=("........X.......",), clap=("........x.......",),
-             hat=("x.x.xxx.x.x.x.x.", "x.x.x.x.x.3-2222"), open=("................", "......x........."), fill=("6---",),
+             hat=("X.x.Xxx.X.x.X.x.", "X.x.X.x.X.3-X222"), open=("................", "......x........."), fill=("6---",),
              bass=("1--1----..1-----", "1--1----..1--~5-"), keys=("x-----..x-----..",), arp=("1..3..4.1..3..5.",),
              lead=("x---x-x---x-x---", "x--x--x-----....", "..x-x-x-x---x---")),
         dict(kick=("x......x..x.....", "x.x....x........"), snare=("........X......o",), clap=("........x.......",),
-             hat=("x.x.x.x.x.x.x.22", "x.3-x.x.x.x.6---"), open=("....x...........", "................"), fill=("3-4-",),
+             hat=("X.x.X.x.X.x.X.22", "X.3-X.x.X.x.6---"), open=("....x...........", "................"), fill=("3-4-",),
              bass=("1------1--1-----", "1-1----1-~8-----"), keys=("x---------------",), arp=("4.3.2.1.4.3.2.1.",),
              lead=("x-x-x---x-x-x---", "x------x--x-....", "x-x-x-x-x-x-x---"))),
     players=dict(

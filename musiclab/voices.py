@@ -30,7 +30,7 @@ WAVES = { # the strength of partial number k of a note of f Hz
     "reed": lambda k, f: np.where(k % 2, 1, .3) / k,
     "flute": lambda k, f: np.where(k == 1, 1, .5 / k ** 1.6),
     "organ": lambda k, f: sum(a * (k == n) for n, a in ((1, 1), (2, .7), (3, .5), (4, .4), (6, .25), (8, .2))), # drawbars
-    "voice": lambda k, f: .25 / k + sum(a * np.exp(-((k * f - at) / wide) ** 2) for at, wide, a in FORMANTS),
+    "voice": lambda k, f: .25 / k + (f / 260) ** .6 * sum(a * np.exp(-((k * f - at) / wide) ** 2) for at, wide, a in FORMANTS),
 }
 
 # %% ../nbs/0_shared/02a_voices.ipynb #90daf237
@@ -146,7 +146,7 @@ def play(
         breath = np.random.default_rng(pitch).standard_normal((2, len(t)), np.float32) * np.exp(-t / .012)
         sound += voice.noise * velocity / 127 * breath
     sound *= envelope(voice, t, seconds, pitch)
-    if voice.drive: sound = np.tanh(voice.drive * sound) / np.tanh(voice.drive)
+    if voice.drive: sound = np.tanh(voice.drive * sound) / np.float32(np.tanh(voice.drive))
     sound[:, -64:] *= np.linspace(1, 0, 64, dtype=np.float32) # no click where it ends
     return sound
 
