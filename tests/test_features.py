@@ -274,7 +274,7 @@ def test_processes_share_the_work(tmp_path):
 
 
 def test_stores_made_apart_are_equal(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two = tmp_path / "one", tmp_path / "another störe 歌"
     prepare([Letters(batch=3)], texts(40), one)
     prepare([Letters("worker")], texts(40)[::-1], two, workers=2)
     content = [{p.relative_to(store): p.read_bytes() for p in store.glob("*/*.safetensors")} for store in (one, two)]
