@@ -11,7 +11,9 @@ PINNED = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.vers
 # No test reaches the network. Torch's own threads would only fight with the test workers for the cores.
 test: export HF_HUB_OFFLINE ?= 1
 test: export OMP_NUM_THREADS ?= 1
-test: export OMP_WAIT_POLICY ?= PASSIVE
+# Idle threads sleep: where other programs want the cores too, spinning ones make small steps a hundred times slower.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo test: export GOMP_SPINCOUNT ?= 0
 test: export MUSICLAB_PARITY ?= $(realpath ../shared/parity)
 test: export MUSICLAB_TEST_DATA ?= $(realpath ../shared/data)
 

@@ -50,6 +50,11 @@ KIT = dict(kick=36, rim=37, snare=38, clap=39, hat=42, open=46, crash=49, ride=5
 FILL = dict(s=38, h=50, t=47, l=43, k=36)
 LEVELS = dict(X=112, x=94, o=58)
 
+def _roll(length, symbol):
+    "Where the strokes of a symbol fall within its length: a digit is so many, evenly spread."
+    count = int(symbol) if symbol.isdigit() else 1
+    return [i * length / count for i in range(count)]
+
 def beat(
     section: Section,
     role: str = "", # a drummer reads all patterns named after drums
@@ -62,15 +67,12 @@ def beat(
     rows = [(0, 1, KIT["crash"], 88)] if section.name in ("chorus", "bridge") else []
     for name in KIT.keys() & section.groove.keys():
         for bar, step, length, symbol in section.strokes(name):
-            count, at = int(symbol) if symbol.isdigit() else 1, bar * section.steps + step
-            if at >= quiet and name in ("snare", "clap"): continue
-            for i in range(count):
-                rows.append((at + i * length / count, .5, KIT[name], LEVELS.get(symbol, 60 + 30 * (i + 1) / count)))
+            at = bar * section.steps + step
+            if at >= quiet and name in ("snare", "clap"): continue # the fill plays instead
+            for later in _roll(length, symbol): rows.append((at + later, .5, KIT[name], LEVELS.get(symbol, 66 + 24 * later / length)))
     for step, length, symbol in read_pattern(fill if section.bars > 1 else ""):
-        count = int(symbol) if symbol.isdigit() else 1
-        for i in range(count):
-            at = step + i * length / count
-            rows.append((quiet + at, .5, FILL.get(symbol, KIT["snare"]), 64 + 44 * at / len(fill)))
+        for later in _roll(length, symbol):
+            rows.append((quiet + step + later, .5, FILL.get(symbol, KIT["snare"]), 64 + 44 * (step + later) / len(fill)))
     return sorted(rows)
 
 # %% ../nbs/0_shared/03b_band.ipynb #f3ea6f70

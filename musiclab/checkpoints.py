@@ -4,7 +4,7 @@
 __all__ = ['write_manifest', 'verify', 'Checkpoints', 'size_of', 'save_state', 'load_state', 'Stop']
 
 # %% ../nbs/0_shared/10_checkpoints.ipynb #1d9b009b
-import errno, json, os, shutil, signal, threading, time
+import errno, json, shutil, signal, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable

@@ -30,7 +30,7 @@ def data_part(folder: Path, valid: float) -> tuple: # train, valid, blocks of th
     tracks = data.read(folder)
     report = data.check(tracks, decode=True)
     train, held_out = data.split(tracks, valid)
-    return train, held_out, ["## 2 · Checked and split", f"{len(train)} songs to learn from, {len(held_out)} to test with; no song on both sides.", show.View(f"<pre>{html.escape(str(report))}</pre>", str(report))]
+    return train, held_out, ["## 2 · Checked and split", f"{len(train)} songs to learn from, {len(held_out)} to test with; no song on both sides.", show.View(f"<pre style=\"white-space:pre-wrap\">{html.escape(str(report))}</pre>", str(report))]
 
 # %% ../nbs/5_tools/52_demo.ipynb #a0b59dc4
 @dataclass
@@ -79,7 +79,7 @@ def run(
     quick: bool = False, # fewer songs and steps, for a test
 ) -> Path: # the report
     "Walk the whole path and write `report.html`."
-    out, count, seconds, steps = Path(out), *((6, 6, 12) if quick else (12, 16, 160))
+    out, count, seconds, steps = Path(out), *((6, 6, 12) if quick else (12, 16, 60))
     folder, prompts = out/"songs", ["808 hip hop, dark", "piano ballad, calm"]
     (out/"songs").mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -4,7 +4,7 @@
 __all__ = ['NEEDED', 'OPTIONAL', 'Finding', 'version_of', 'packages', 'devices', 'decoders', 'storage', 'examine']
 
 # %% ../nbs/5_tools/50a_doctor.ipynb #c55ecff0
-import importlib.metadata as metadata, importlib.util, os, platform, shutil, sys
+import importlib.metadata as metadata, os, platform, shutil, sys
 from dataclasses import dataclass
 from . import __version__
 from .core import home, pick_device, pick_dtype, prepare_imports
@@ -19,6 +19,7 @@ class Finding:
     fatal: bool = False # nothing works like this
 
     def line(self) -> str:
+        "The finding as it is printed: ✓ fine, ! worth knowing, ✗ fatal."
         mark = "✗" if self.fatal else "!" if self.fix else "✓"
         return f"{mark} {self.what:<12} {self.detail}" + (f"\n{'':15}→ {self.fix}" if self.fix else "")
 
@@ -27,7 +28,8 @@ NEEDED = ("torch", "numpy", "safetensors", "transformers", "peft", "accelerate",
 OPTIONAL = {"av": "m4a, aac and wma files (pip install 'musiclab[codecs]')", "torchaudio": "a second way to resample on the GPU",
             "torchao": "int8 bases (pip install 'musiclab[quant]')", "bitsandbytes": "nf4 bases, 8-bit Adam (pip install 'musiclab[quant]')"}
 
-def version_of(package: str) -> str | None: # None when it is not installed
+def version_of(package: str) -> str | None:
+    "An installed package's version; None when it is not installed."
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return None
 

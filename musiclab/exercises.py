@@ -554,7 +554,7 @@ def musicgen_generate_1(windows) -> None:
 
 # %% ../nbs/5_tools/53_exercises.ipynb #036cd03a
 def musicgen_model_1(perplexity) -> None:
-    "Exercise of `1_musicgen/13_model`: how many tokens the model hesitates between."
+    "Exercise of `1_musicgen/12_model`: how many tokens the model hesitates between."
     import tempfile
     import torch
     from musiclab.musicgen.checkpoint import tiny_checkpoint

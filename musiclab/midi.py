@@ -228,7 +228,7 @@ def read(
     except OSError as error: raise MidiError(f"cannot be read ({error.strerror})", where) from error
     data, warnings = _plain(data, where)
     try: score = Score.from_midi(data)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error: # which of them depends on the version
         raise MidiError(f"damaged track ({str(error).removeprefix('MiniMidi: ').removesuffix(': iostream error')})", where) from error
     parts, short = zip(*map(_to_part, score.tracks)) if len(score.tracks) else ((), ())
     parts = [part for part in parts if len(part.notes)]

@@ -175,9 +175,10 @@ def render(
     rate: int = 44100, # samples per second
     engine: str = "numpy", # "numpy", or "fluidsynth" where it is installed
 ) -> Audio: # stereo at -14 LUFS, two seconds longer than the song
-    "Play a song. The same song gives the same samples."
+    "Play a song, at most two hours. The same song gives the same samples."
     if engine == "fluidsynth": return Audio(master(_fluidsynth(song, rate), rate), rate)
     if engine != "numpy": raise MusiclabError(f"unknown engine {engine!r}", "engine", "Choose numpy or fluidsynth")
+    if song.seconds > 7200: raise MusiclabError(f"{song.seconds / 3600:.1f} hours of music do not fit into memory", "song", "Render parts of it")
     length = int((song.seconds + 2) * rate)
     dry, wet = np.zeros((2, length), np.float32), np.zeros((2, length), np.float32)
     level = pumping(song, rate, length)

@@ -7,7 +7,6 @@ __all__ = ['Batch', 'At', 'Group', 'Step', 'Task']
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-import torch
 from torch import Tensor, nn
 from .core import Draw
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FIXED', 'FREE', 'MicroBatches', 'training_rows', 'validation_rows', 'loader', 'find_checkpoint', 'check_settings',
            'Run', 'as_track', 'play', 'store_of', 'save', 'asdict_of', 'publish', 'validate', 'listen', 'begin',
-           'gather', 'loop', 'fit', 'weights_of']
+           'gather', 'minutes_from_now', 'loop', 'fit', 'weights_of']
 
 # %% ../nbs/0_shared/11_train.ipynb #27004f78
 import json, shutil, signal, sys, time
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from . import __version__, adapters
 from .batches import Plan, Row, in_order
 from .checkpoints import Checkpoints, Stop, load_state, save_state, verify
-from .config import TrainConfig, dump
+from .config import TrainConfig
 from .core import Draw, MusiclabError, Problem, Stopped, atomic_folder, atomic_write, home, pick_device, progress
 from .tracks import Track, Tracks
 from .engine import Engine, agreed, engine_state, evaluate, load_engine_state, processes, sample, update
@@ -53,11 +53,13 @@ class MicroBatches(torch.utils.data.Dataset):
             except (MusiclabError, OSError) as error: print(f"left out {Problem.of(error, track.key)}", file=sys.stderr)
         raise MusiclabError("no track can be read any more", "data", "See the reasons above")
 
-def training_rows(plan: Plan, rank: int, number: int) -> list[Row]: # number counts this process's micro-batches from step 0
+def training_rows(plan: Plan, rank: int, number: int) -> list[Row]:
+    "The rows of a process's micro-batch; `number` counts them from step 0."
     step, micro = divmod(number, plan.accumulate)
     return plan.step(step)[rank][micro]
 
-def validation_rows(rounds: list, rank: int, number: int) -> list[Row]: # a process with nothing left computes along on the first row
+def validation_rows(rounds: list, rank: int, number: int) -> list[Row]:
+    "The rows of a validation batch; a process with nothing left computes along on the first row."
     return rounds[number][rank] or [Row(0, -1)]
 
 # %% ../nbs/0_shared/11_train.ipynb #ccf0f797
@@ -121,10 +123,14 @@ class Run:
     problems: list[Problem] = field(default_factory=list) # tracks that were skipped
 
     @property
-    def history(self) -> list[dict]: return self.log.history
+    def history(self) -> list[dict]:
+        "The records of the log."
+        return self.log.history
 
     @property
-    def checkpoints(self) -> Checkpoints: return Checkpoints(self.folder/"checkpoints", self.engine.config.keep)
+    def checkpoints(self) -> Checkpoints:
+        "What was saved."
+        return Checkpoints(self.folder/"checkpoints", self.engine.config.keep)
 
     def sample(self,
         prompts: list, # texts, or mappings of Track fields (caption, tags, lyrics)
@@ -243,6 +249,14 @@ def gather(task: Task, train: Tracks, valid: Tracks, config: TrainConfig, device
     return train, valid, prepared
 
 # %% ../nbs/0_shared/11_train.ipynb #237b14b2
+def minutes_from_now(
+    minutes: float | None, # None: never
+) -> Callable[[], bool]:
+    "A question that is answered with yes when the time has passed."
+    end = time.monotonic() + 60 * (np.inf if minutes is None else minutes)
+    return lambda: time.monotonic() > end
+
+# %% ../nbs/0_shared/11_train.ipynb #8ae1a7ba
 def loop(run: Run, batches: MicroBatches, per_epoch: int, valid: MicroBatches, rounds: list, stop) -> None:
     "Steps, with validation, sound and checkpoints when they are due, until the end or a stop."
     engine, config = run.engine, run.engine.config
@@ -253,8 +267,8 @@ def loop(run: Run, batches: MicroBatches, per_epoch: int, valid: MicroBatches, r
         if config.sample_prompts and (run.step == 0 or ends(config.sample_every or every)) and not agreed(stop, engine): listen(run, stop)
     seen = {name for record in run.history if record["step"] == run.step for name in record} if engine.rank == 0 else set()
     if not agreed(lambda: "valid" in seen, engine): look() # of a resumed run this step may have been looked at before
-    saved, started = run.step, time.monotonic()
-    work = iter(loader(batches, range(run.step * config.accumulate, run.total * config.accumulate), config.workers if config.cache and not config.debug else 0, engine.device))
+    saved, due = run.step, minutes_from_now(config.save_minutes)
+    work = iter(loader(batches, range(run.step * config.accumulate, run.total * config.accumulate), config.workers if batches.prepared.portable and not config.debug else 0, engine.device))
     with progress(desc="training", total=run.total, unit="step") as bar:
         bar.update(run.step)
         while run.step < run.total and not agreed(stop, engine):
@@ -269,13 +283,12 @@ def loop(run: Run, batches: MicroBatches, per_epoch: int, valid: MicroBatches, r
             if engine.rank == 0 and ends(config.log_every): run.log.write(run.step, **result)
             bar.update(); bar.set_postfix(loss=f"{result['loss']:.3f}", refresh=False)
             look()
-            late = agreed(lambda: time.monotonic() - started > 60 * config.save_minutes, engine) if config.save_minutes else False
-            if (late or ends(config.save_every or every)) and not engine.bad_steps:
+            if (ends(config.save_every or every) or agreed(due, engine)) and not engine.bad_steps:
                 save(run)
-                saved, started = run.step, time.monotonic()
+                saved, due = run.step, minutes_from_now(config.save_minutes)
     if saved < run.step and not engine.bad_steps: save(run)
 
-# %% ../nbs/0_shared/11_train.ipynb #df7224df
+# %% ../nbs/0_shared/11_train.ipynb #6500119f
 def fit(
     task: Task, # the model family
     train: Tracks, # what is learned from
@@ -297,7 +310,7 @@ def fit(
         run.problems = prepared.problems
         rounds = in_order(len(valid), config.batch_size, world)
         asked = lambda: bool(stop)
-        try: loop(run, MicroBatches(task, train, prepared, config.seed, partial(training_rows, plan, rank)), max(1, round(plan.start(1) / plan.units)),
+        try: loop(run, MicroBatches(task, train, prepared, config.seed, partial(training_rows, plan, rank)), max(1, round(plan.stream.start(1) / plan.units)),
                   MicroBatches(task, valid, prepared, config.seed, partial(validation_rows, rounds, rank)), rounds, asked)
         finally:
             if rank == 0: run.log.close()

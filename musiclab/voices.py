@@ -24,7 +24,7 @@ WAVES = { # the strength of partial number k of a note of f Hz
     "square": lambda k, f: (k % 2) / k,
     "pulse": lambda k, f: 1.6 * np.sin(np.pi * k / 5) / k, # on for a fifth of the time, off for four
     "saw": lambda k, f: 1 / k,
-    "struck": lambda k, f: 1.5 * np.abs(np.sin(np.pi * k / 7.3)) / k ** .85, # the hammer of a piano, at a seventh of the string
+    "struck": lambda k, f: 2.2 * np.abs(np.sin(np.pi * k / 7.3)) / k ** 1.2, # the hammer of a piano, at a seventh of the string
     "plucked": lambda k, f: 1.5 * np.abs(np.sin(np.pi * k / 5.1)) / k ** 1.2, # a finger, at a fifth
     "bar": lambda k, f: (k == 1) + .35 * (k == 4) + .12 * (k == 10), # a wooden bar, tuned to two octaves
     "reed": lambda k, f: np.where(k % 2, 1, .3) / k,

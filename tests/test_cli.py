@@ -65,7 +65,8 @@ def test_every_command_explains_itself_with_an_example(path):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from musiclab.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = ("import sys; from musiclab.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
@@ -197,7 +198,8 @@ def test_the_scripts_of_the_plan(work, tmp_path):
     assert soundfile.info(tmp_path / "data" / rows[0]["audio"]).samplerate == 32000
     done = script("train_lora.py", *train(work, "script")[2:], f"data={tmp_path}/data", f"output={tmp_path}/output")
     assert done.returncode == 0, done.stderr
-    done = script("inference_lora.py", "--model", work / "tiny", "--adapter", tmp_path / "output", "--prompt", "techno", "--seconds", 3.2, "--out", tmp_path / "made/beat.wav")
+    done = script("inference_lora.py", "--model", work / "tiny", "--adapter", tmp_path / "output", "--prompt", "techno", "--seconds", 3.2,
+                  "--out", tmp_path / "made/beat.wav")
     assert done.returncode == 0, done.stderr
     done = script("evaluate.py", work / "songs", tmp_path / "made", "--out", tmp_path / "report.html")
     assert done.returncode == 0 and "<audio" in (tmp_path / "report.html").read_text(), done.stderr

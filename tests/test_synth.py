@@ -154,6 +154,7 @@ def test_real_music_is_rendered(music):
 
 def test_engines_are_named(sketch, monkeypatch):
     with pytest.raises(MusiclabError, match="unknown engine 'moog'"): render(sketch, engine="moog")
+    with pytest.raises(MusiclabError, match="6.9 hours"): render(Song([Part(notes=notes([(0, 24_000_000, 60, 90)]))]))
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(MusiclabError, match="fluidsynth is not installed"): render(sketch, engine="fluidsynth")
 

@@ -126,13 +126,16 @@ class FastDecoder:
     def __init__(self,
         lm: MusicGenLM, # in evaluation mode; after it was trained on, make a new `FastDecoder`
         strength: float = 1.0, # of its adapters; 0 is the base model
-        dtype: torch.dtype | None = None, # to compute in; None keeps the model's
+        dtype: torch.dtype | None = None, # to compute in; None: autocast's where that is on, else the model's
         int8: bool = False, # weights as whole numbers: less memory traffic, slightly other numbers
     ):
         inner, self.config, self.special, self.late = lm.decoder.model.decoder, lm.config, lm.special, lm.late
-        self.device, self.dtype, self.int8 = lm.decoder.device, torch.bfloat16 if int8 else dtype or lm.decoder.dtype, int8
+        self.device, self.int8 = lm.decoder.device, int8
+        kind = self.device.type
+        usual = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.decoder.dtype
+        self.dtype = torch.bfloat16 if int8 else dtype or usual
         if int8: check_int8(self.device)
-        with torch.no_grad(), gathered(lm) as borrowed:
+        with torch.no_grad(), torch.autocast(kind, enabled=False), gathered(lm) as borrowed:
             weight = lambda layer: effective_weight(layer, strength, self.dtype).to(self.dtype, copy=borrowed)
             self.table = torch.cat([embedding.weight.to(self.dtype) for embedding in inner.embed_tokens])
             self.layers = [Layer(layer, weight, self.dtype, int8) for layer in inner.layers]
@@ -202,7 +205,7 @@ class Decoding:
         self.rows, self.heads = self.batch * (1 + (guidance != 1)), decoder.config.num_attention_heads
         if text_padding == "mask": # columns that are nobody's are cut off; one is kept for songs without text
             states, mask = (each[:, :max(1, int(mask.sum(1).max()))] for each in (states, mask))
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(decoder.device.type, enabled=False):
             mask = mask.to(decoder.device, torch.bool)
             text = decoder.project(states.to(decoder.device), mask)
             self.texts = self.listen(text, None if text_padding == "audiocraft" or mask.all() else mask)

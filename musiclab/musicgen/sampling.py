@@ -116,14 +116,15 @@ def generate_tokens(
     if (first := prompt.shape[-1]) >= frames: return prompt[..., :frames]
     tokens, free = canvas(frames, prompt, d.late, d.special)
     columns, all_free, recorded, start = tokens.unbind(-1), free.all(0).tolist(), None, 0
-    for step in range(first, len(all_free)):
-        if step == first or step % NOISE == 0: sampler.refill(len(d.late), d.special, d.device)
-        if recorded: recorded()
-        else:
-            chosen = sampler.choose(forward(decoding, tokens[..., start:step + 1], start), step)
-            columns[step + 1].copy_(chosen if all_free[step] else torch.where(free[:, step], chosen, columns[step + 1]))
-            start = step + 1
-            if fixed or fixed is None and tokens.is_cuda: recorded = FixedStep(decoding, sampler, tokens, free, start)
-        if step < frames: tick(1)
-        if stop(): break
-    return undelay(tokens[..., 1:step + 2], d.late)
+    with torch.autocast(d.device.type, enabled=False): # the decoder's dtype is chosen already
+        for step in range(first, len(all_free)):
+            if step == first or step % NOISE == 0: sampler.refill(len(d.late), d.special, d.device)
+            if recorded: recorded()
+            else:
+                chosen = sampler.choose(forward(decoding, tokens[..., start:step + 1], start), step)
+                columns[step + 1].copy_(chosen if all_free[step] else torch.where(free[:, step], chosen, columns[step + 1]))
+                start = step + 1
+                if fixed or fixed is None and tokens.is_cuda: recorded = FixedStep(decoding, sampler, tokens, free, start)
+            if step < frames: tick(1)
+            if stop(): break
+    return undelay(tokens[..., 1:1 + max(step + 1, first + max(d.late))], d.late)

@@ -175,6 +175,17 @@ def test_stopping_keeps_what_is_done(fast, texts):
     codes = generate_tokens(Decoding(fast, *texts, 50), Sampler([0] * 3, temperature=0), 50, stop=lambda: next(asked) == 20, tick=done.append)
     assert codes.shape[-1] == 18 and torch.equal(codes, whole[..., :18]) and sum(done) == 21
     assert write_codes(fast, *texts, 50, Sampler([0] * 3), stop=lambda: True).shape[-1] == 0
+    for step, given in ((0, 0), (1, 0), (0, 7)):
+        stop = iter([False] * step + [True]).__next__
+        codes = generate_tokens(Decoding(fast, *texts, 50), Sampler([0] * 3), 50, whole[..., :given], stop)
+        assert torch.equal(codes, whole[..., :given])
+
+
+def test_autocast_around_changes_the_dtype_and_nothing_else(tiny, fast, texts):
+    lm = open_lm(tiny)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert FastDecoder(lm).dtype == torch.bfloat16 and song(FastDecoder(lm), *texts).shape == (3, 4, 30)
+        assert torch.equal(song(FastDecoder(lm, dtype=torch.float32), *texts), song(fast, *texts))
 
 
 def test_generate_from_caption_to_sound(tiny, wide, tuned):
