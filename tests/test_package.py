@@ -1,4 +1,5 @@
 "The package as pip sees it: one version everywhere, pinned requirements, and a wheel that stands by itself."
+import os
 import re
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path, with_pip=False)
     programs = tmp_path / ("Scripts" if sys.platform == "win32" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", programs / "python"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may lead pip to this checkout
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, env=clean)
     ask = ("import musiclab, importlib.resources as r, importlib.metadata as m; print(musiclab.__file__);"
            "print(musiclab.__version__, *sorted(p.name for p in (r.files('musiclab') / 'config_files').iterdir()));"
            "print(*(e.value for e in m.entry_points(group='console_scripts')))")
