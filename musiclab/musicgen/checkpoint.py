@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WORDS', 'RELEASE_NAMES', 'tiny_config', 'tiny_tokenizer', 'random_notes', 'tiny_codec', 'release_name',
-           'tiny_checkpoint', 'read_weights', 'read_config', 'no_bars', 'open_part', 'open_tokenizer', 'part_identity']
+           'tiny_checkpoint', 'no_bars', 'read_weights', 'read_config', 'open_part', 'open_tokenizer', 'part_identity']
 
 # %% ../../nbs/1_musicgen/10_checkpoint.ipynb #e59dc98b
 import json
@@ -124,6 +124,16 @@ def tiny_checkpoint(
         tiny_tokenizer().save_pretrained(folder_)
     return Path(folder)
 
+# %% ../../nbs/1_musicgen/10_checkpoint.ipynb #bd669af8
+@contextmanager
+def no_bars():
+    "transformers draws a progress bar for each load, even of a second."
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: transformers_logging.enable_progress_bar()
+
 # %% ../../nbs/1_musicgen/10_checkpoint.ipynb #45b058ee
 def read_weights(
     folder: str | Path, # a MusicGen checkpoint
@@ -166,15 +176,6 @@ def read_config(
     return config
 
 # %% ../../nbs/1_musicgen/10_checkpoint.ipynb #ac855d47
-@contextmanager
-def no_bars():
-    "transformers draws a progress bar for each load, even of a second."
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: transformers_logging.enable_progress_bar()
-
 def open_part(
     folder: str | Path, # a MusicGen checkpoint, or its name on the hub
     part: str, # "text_encoder", "audio_encoder" or "decoder"
