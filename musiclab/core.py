@@ -142,7 +142,7 @@ def atomic_file(
     "Gives a path beside `path` to write to; at the end it takes the place of `path`. On an error the old file stays as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") # same suffix: some writers choose the format by it
+    beside = path.with_name(f".{path.stem}.{os.urandom(4).hex()}.part{path.suffix}") # same suffix: some writers choose the format by it
     try:
         yield beside
         sync(beside)

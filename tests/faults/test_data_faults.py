@@ -108,7 +108,7 @@ def test_what_may_not_be_opened(tmp_path, as_nobody):
     ("metadata.jsonl", '{"file_name": "a.flac"}\n{"file_name": "b.fl\n[1]\n\n{"file_name": "b.flac"}', ["a", "b"], "not JSON"),
     ("metadata.jsonl", b'{"file_name": "a.flac"}\n{"text": "caf\xe9 x"}\n', ["a"], "not a text"),
     ("metadata.jsonl", '{"file_name": "a.flac"}\n'.encode("utf-16"), ["a"], None),
-    ("data.jsonl.gz", gzip.compress(b'{"path": "a.flac", "duration": 1}\n' * 9)[:-12], ["a"], "to its end"),
+    ("data.jsonl.gz", gzip.compress(b'{"path": "a.flac", "duration": 1}\n' * 9, mtime=0)[:-12], ["a"], "to its end"),
     ("metadata.csv", 'file_name,text\na.flac,calm\nb.flac,loud,too,many\n', ["a"], "more values than columns"),
     ("metadata.csv", 'file_name,text\na.flac,calm\nb.flac,"never closed', ["a", "b"], None),
     ("metadata.json", '[{"audio": "a.flac"}, 7, {"text": "no sound"}, {"audio": null}, {"audio": ["b.flac"]}]', ["a"], "not an object"),
