@@ -61,7 +61,8 @@ def main(shape: str, seconds: float, rounds: int) -> None:
             way()
             times[name].append(time.perf_counter() - begin)
     middle = {name: median(each) for name, each in times.items()}
-    print(f"\n{shape} shape, 2 songs of {seconds:g} s ({cached[0].shape[-1]} frames), {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"\n{shape} shape, 2 songs of {seconds:g} s ({cached[0].shape[-1]} frames), {machine}")
     for name, value in middle.items(): print(f"  {name:20} {value:8.3f} s per step")
     print(f"  cached codes make the step {middle['encoded in the step'] / middle['cached']:.2f}x as fast")
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Plain', 'Packed', 'Int8', 'can_pack', 'dense', 'Norm', 'Layer', 'effective_weight', 'gathered', 'check_int8',
-           'FastDecoder', 'Text', 'FoldedText', 'Decoding', 'look_back', 'forward']
+           'FastDecoder', 'TextAttention', 'FoldedTextAttention', 'Decoding', 'look_back', 'forward']
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #f9f2a4c7
 from collections.abc import Callable
@@ -154,7 +154,7 @@ class FastDecoder:
         return (self.projection(states.to(weight)) * mask.to(self.device)[..., None]).to(self.dtype)
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #93fd3ff9
-class Text:
+class TextAttention:
     "What a layer hears of the texts of a batch."
     def __init__(self,
         layer: Layer,
@@ -174,7 +174,7 @@ class Text:
         return self.out(heard.transpose(1, 2).reshape(x.shape))
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #bd713d6b
-class FoldedText:
+class FoldedTextAttention:
     "What a layer hears of one song's text: query and keys in one matrix, values and output in another."
     def __init__(self,
         layer: Layer,
@@ -214,13 +214,13 @@ class Decoding:
             self.places = decoder.sinusoids(self.steps, text.shape[-1]).to(text)
         self.at = self.past = None # the current step as a tensor, and which steps it sees: only in a step of fixed shape
 
-    def listen(self, text: Tensor, mask: Tensor | None) -> list[Text | FoldedText]:
+    def listen(self, text: Tensor, mask: Tensor | None) -> list[TextAttention | FoldedTextAttention]:
         "The text as each layer hears it, in the form that is read faster."
         if self.batch == 1 and self.heads * text.shape[1] <= text.shape[2]:
-            return [FoldedText(layer, text, self.heads) for layer in self.decoder.layers]
+            return [FoldedTextAttention(layer, text, self.heads) for layer in self.decoder.layers]
         # A row without text may look at everything: its values are zeros. (Nowhere to look would be 0/0.)
         if mask is not None: mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]
-        return [Text(layer, text, mask, self.heads, self.decoder.int8) for layer in self.decoder.layers]
+        return [TextAttention(layer, text, mask, self.heads, self.decoder.int8) for layer in self.decoder.layers]
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #90f53a7a
 def look_back(

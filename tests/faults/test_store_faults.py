@@ -101,7 +101,8 @@ def test_workers_end_with_their_killed_parent(tmp_path):
 def test_control_c_keeps_what_the_workers_have_made(tmp_path):
     log = Letters(log=tmp_path / "log")
     command = [sys.executable, "-c", PROGRAM, tmp_path, "worker", "1000", "0.01"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process: # a shell may have switched it off
         until(lambda: len(log.logged()) > 3)
         os.killpg(process.pid, signal.SIGINT) # as a terminal does: to all of them
         process.communicate(timeout=20)
