@@ -104,10 +104,10 @@ def test_what_has_no_sound(codes, tiny):
 def test_feature_in_a_store_and_on_demand(tiny, wide, tmp_path):
     (tmp_path / "page.wav").write_text("<html>")
     sources = [noise(50_000, 2, 44_100).save(tmp_path / "a.wav"), noise(70_000, seed=1).save(tmp_path / "b.flac"), tmp_path / "page.wav"]
-    tracks = [Track(path.name, Source.of(path)) for path in sources]
+    tracks = [*(Track(path.name, Source.of(path)) for path in sources), Track("prompt")]
     for folder, codebooks in ((tiny, 4), (wide, 8)):
         stored, fresh = prepare([Codes(folder)], tracks, tmp_path / "store"), prepare([Codes(folder)], tracks, None)
-        assert stored.kept == [0, 1] and "page.wav" in str(stored.problems)
+        assert stored.kept == [0, 1, 3] and "page.wav" in str(stored.problems) and stored.rows(tracks[3])["codes"] == []
         for track in tracks[:2]:
             [row], [again] = stored.rows(track)["codes"], fresh.rows(track)["codes"]
             assert row["codes"].dtype == np.int16 and row["codes"].shape[0] == codebooks and np.array_equal(row["codes"], again["codes"])
