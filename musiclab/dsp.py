@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['sinc_weights', 'sinc_blocks', 'has_torchaudio', 'resample_sinc', 'resample', 'hz_to_mel', 'mel_to_hz',
-           'mel_filterbank', 'log_mel']
+           'mel_filterbank', 'log_mel', 'in_pieces']
 
 # %% ../nbs/0_shared/00a_dsp.ipynb #33756b26
 import importlib.util
@@ -158,3 +158,22 @@ def log_mel(
     mel = torch.cat(bands, 1).clamp(min=floor).log().mT.contiguous()
     mel = mel.reshape(*x.shape[:-1], *mel.shape[-2:])
     return mel if isinstance(samples, torch.Tensor) else mel.numpy()
+
+# %% ../nbs/0_shared/00a_dsp.ipynb #144185d2
+def in_pieces(
+    function, # tensor [..., frames · hop_in] -> tensor [..., frames · hop_out]; looks at most `context` frames to either side
+    x, # tensor [..., frames · hop_in]; the last frame may be shorter
+    piece: int, # frames at once: memory grows with it, the result does not depend on it
+    context: int, # frames added on both sides of a piece, and cut off afterwards
+    hop_in: int = 1, # steps of the input per frame
+    hop_out: int = 1, # steps of the output per frame
+): # [..., frames · hop_out]
+    "What a function makes of a long signal in one go, computed piece by piece."
+    import torch
+    frames, done = ceil(x.shape[-1] / hop_in), []
+    for start in range(0, frames, piece):
+        end = min(start + piece, frames)
+        first, last = max(0, start - context), min(end + context, frames)
+        y = function(x[..., first * hop_in:last * hop_in])
+        done.append(y[..., (start - first) * hop_out:(end - first) * hop_out])
+    return torch.cat(done, -1)
