@@ -7,9 +7,8 @@ __all__ = ['FAMILIES', 'look_up', 'Family', 'family', 'family_of', 'ready_config
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
 import difflib, importlib, json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from .core import MusiclabError
+from .core import MusiclabError, ready_files
 
 # %% ../nbs/5_tools/50_recipes.ipynb #15fa1dd9
 def look_up(
@@ -58,8 +57,7 @@ def family_of(
 # %% ../nbs/5_tools/50_recipes.ipynb #86d8d022
 def ready_configs() -> dict[str, Path]: # name -> file
     "The configurations that come with the package."
-    package = Path(str(files("musiclab")))
-    root = next(p for p in (package/"config_files", package.parent/"config") if p.is_dir()) # installed, or a checkout
+    root = ready_files()
     return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*")) if p.suffix in (".yaml", ".json")}
 
 def find_config(
