@@ -28,7 +28,7 @@ def places(
     count: int, # of frames or tokens
     size: int, # of a head, even
     base: float = 1e6, # the slowest hand turns about this many times slower than the fastest
-    device: torch.device = torch.device("cpu"),
+    device: str | torch.device = "cpu",
 ) -> Tensor: # float32 [2, count, 1, size]: factors for a number and for its neighbour
     "What positions do to queries and keys."
     slower = base ** (-torch.arange(0, size, 2, device=device) / size)

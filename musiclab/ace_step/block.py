@@ -29,6 +29,7 @@ class TimeEmbedding(nn.Module):
         self.size, self.linear_1, self.linear_2 = size, nn.Linear(size, width), nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor: # [batch] -> [batch, width]
+        "What the blocks are told about the time."
         return self.linear_2(F.silu(self.linear_1(time_waves(time, self.size).to(self.linear_1.weight.dtype))))
 
 # %% ../../nbs/2_ace_step/23a_block.ipynb #37cbd7b6
@@ -49,7 +50,9 @@ class Pointwise(nn.Module):
         self.register_state_dict_post_hook(to_convolution)
         self.register_load_state_dict_pre_hook(to_linear)
 
-    def forward(self, x: Tensor) -> Tensor: return self.conv(x)
+    def forward(self, x: Tensor) -> Tensor: # [batch, frames, width_in] -> [batch, frames, width_out]
+        "Each frame by itself."
+        return self.conv(x)
 
 def to_convolution(module: nn.Module, state: dict, prefix: str, _) -> None:
     "Weights on their way out get the release's shape."
@@ -69,6 +72,7 @@ class Depthwise(nn.Module):
         self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width)
 
     def forward(self, x: Tensor) -> Tensor: # [batch, frames, width] -> the same
+        "What is outside the song counts as zero."
         before, here, after = self.conv.weight[:, 0].unbind(1)
         mixed = torch.addcmul(self.conv.bias, x, here)
         return mixed + F.pad(x[:, :-1] * before, (0, 0, 1, 0)) + F.pad(x[:, 1:] * after, (0, 0, 0, 1))
@@ -81,6 +85,7 @@ class GatedConvolution(nn.Module):
         self.point_conv = Pointwise(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor: # [batch, frames, width] -> the same
+        "Wider, mixed in time, gated, narrow again."
         kept, gate = self.depth_conv(F.silu(self.inverted_conv(x))).chunk(2, -1)
         return self.point_conv(kept * F.silu(gate))
 

@@ -65,7 +65,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w_1, self.w_2, self.dropout = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor: return self.w_2(self.dropout(F.silu(self.w_1(x))))
+    def forward(self, x: Tensor) -> Tensor: # [batch, length, width] -> the same
+        "Each token by itself."
+        return self.w_2(self.dropout(F.silu(self.w_1(x))))
 
 class EncoderLayer(nn.Module):
     "Attention and a feed-forward network."
@@ -75,6 +77,7 @@ class EncoderLayer(nn.Module):
         self.norm_mha, self.norm_ff, self.dropout = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
 
     def forward(self, x: Tensor, far: Tensor, mask: Tensor, focus: float = 1.0) -> Tensor: # as in `RelativeAttention`
+        "Hear the others, then think."
         x = x + self.dropout(self.self_attn(self.norm_mha(x), far, mask, focus))
         return x + self.dropout(self.feed_forward(self.norm_ff(x)))
 
@@ -85,7 +88,9 @@ class Entrance(nn.Module):
         super().__init__()
         self.out = nn.Sequential(nn.Linear(width_in, width), nn.LayerNorm(width), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor) -> Tensor: return self.out(x) * self.out[1].weight.shape[0] ** 0.5
+    def forward(self, x: Tensor) -> Tensor: # [batch, length, width_in] -> [batch, length, width]
+        "Vectors of size √width."
+        return self.out(x) * self.out[1].weight.shape[0] ** 0.5
 
 class LyricEncoder(nn.Module):
     "Vectors of tokens become vectors of tokens in their song."
