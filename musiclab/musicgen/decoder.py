@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Plain', 'Packed', 'Int8', 'can_pack', 'dense', 'Norm', 'Layer', 'effective_weight', 'gathered', 'check_int8',
-           'FastDecoder', 'TextAttention', 'FoldedTextAttention', 'Decoding', 'look_back', 'forward']
+           'FastDecoder', 'attention_dtype', 'TextAttention', 'FoldedTextAttention', 'Decoding', 'look_back', 'forward']
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #f9f2a4c7
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from .model import MusicGenLM
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #169fe86a
 class Plain:
     "A weight as it is."
-    def __init__(self, weight: Tensor): self.weight, self.turned = weight, weight.T
-    def __call__(self, x: Tensor) -> Tensor: return F.linear(x, self.weight)
+    def __init__(self, weight: Tensor): self.weight = weight.T # as `mm` wants it
+    def __call__(self, x: Tensor) -> Tensor: return torch.mm(x, self.weight)
 
     def add(self, total: Tensor, x: Tensor) -> Tensor:
         "The product added to `total`, which may be overwritten."
-        return total.addmm_(x, self.turned)
+        return total.addmm_(x, self.weight)
 
 class Packed:
     "A weight in the order in which oneDNN reads it."
@@ -154,6 +154,12 @@ class FastDecoder:
         return (self.projection(states.to(weight)) * mask.to(self.device)[..., None]).to(self.dtype)
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #93fd3ff9
+def attention_dtype(
+    like: Tensor, # of the place and the dtype of the rest
+) -> torch.dtype:
+    "In what keys and values are kept."
+    return torch.float32 if like.device.type == "cpu" else like.dtype
+
 class TextAttention:
     "What a layer hears of the texts of a batch."
     def __init__(self,
@@ -164,14 +170,14 @@ class TextAttention:
         int8: bool, # store matrices as whole numbers
     ):
         self.batch, self.heads, self.mask = len(text), heads, mask
-        self.keys, self.values = (F.linear(text, weight).unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+        self.keys, self.values = (F.linear(text, weight).to(attention_dtype(text)).unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
                                   for weight in (layer.text_key, layer.text_value))
         self.query, self.out = dense(layer.text_query, int8), dense(layer.text_out, int8)
 
     def __call__(self, x: Tensor) -> Tensor: # [batch · n, width] -> the same
-        query = self.query(x).view(self.batch, -1, self.heads, self.keys.shape[-1]).transpose(1, 2)
+        query = self.query(x).view(self.batch, -1, self.heads, self.keys.shape[-1]).transpose(1, 2).to(self.keys.dtype)
         heard = F.scaled_dot_product_attention(query, self.keys, self.values, attn_mask=self.mask)
-        return self.out(heard.transpose(1, 2).reshape(x.shape))
+        return self.out(heard.transpose(1, 2).reshape(x.shape).to(x.dtype))
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #bd713d6b
 class FoldedTextAttention:
@@ -188,7 +194,7 @@ class FoldedTextAttention:
         self.heads, self.keys, self.values = heads, dense(keys.flatten(0, 1).to(text)), dense(values.flatten(1).to(text))
 
     def __call__(self, x: Tensor) -> Tensor: # [n, width] -> the same
-        return self.values(self.keys(x).unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2))
+        return self.values(self.keys(x).view(len(x), self.heads, -1).softmax(-1).view(len(x), -1))
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #3ecf05d8
 class Decoding:
@@ -205,12 +211,12 @@ class Decoding:
         self.rows, self.heads = self.batch * (1 + (guidance != 1)), decoder.config.num_attention_heads
         if text_padding == "mask": # columns that are nobody's are cut off; one is kept for songs without text
             states, mask = (each[:, :max(1, int(mask.sum(1).max()))] for each in (states, mask))
-        with torch.inference_mode(), torch.autocast(decoder.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(decoder.device.type, enabled=False):
             mask = mask.to(decoder.device, torch.bool)
             text = decoder.project(states.to(decoder.device), mask)
             self.texts = self.listen(text, None if text_padding == "audiocraft" or mask.all() else mask)
             shape = 2, self.rows, self.heads, self.steps, text.shape[-1] // self.heads # keys and values
-            self.caches = [text.new_zeros(shape) for _ in decoder.layers]
+            self.caches = [text.new_zeros(shape, dtype=attention_dtype(text)) for _ in decoder.layers]
             self.places = decoder.sinusoids(self.steps, text.shape[-1]).to(text)
         self.at = self.past = None # the current step as a tensor, and which steps it sees: only in a step of fixed shape
 
@@ -231,18 +237,18 @@ def look_back(
 ) -> Tensor: # [rows · n, width]
     "Self-attention."
     n = len(qkv) // decoding.rows
-    qkv = qkv.view(decoding.rows, n, 3, decoding.heads, -1).permute(2, 0, 3, 1, 4)
+    columns = qkv.view(decoding.rows, n, 3, decoding.heads, -1).permute(2, 0, 3, 1, 4) # query, key, value
+    query, new = columns.select(0, 0).to(cache.dtype), columns.narrow(0, 1, 2)
     if decoding.at is None:
-        cache[:, :, :, start:start + n] = qkv[1:]
+        cache.narrow(3, start, n).copy_(new)
         keys, values = cache.narrow(3, 0, start + n).unbind(0)
-        seen = F.scaled_dot_product_attention(qkv[0], keys, values, is_causal=n > 1)
+        seen = F.scaled_dot_product_attention(query, keys, values, is_causal=n > 1)
     else:
-        cache.index_copy_(3, decoding.at, qkv[1:])
-        seen = F.scaled_dot_product_attention(qkv[0], cache[0], cache[1], attn_mask=decoding.past)
-    return seen.transpose(1, 2).reshape(decoding.rows * n, -1)
+        cache.index_copy_(3, decoding.at, new.to(cache.dtype))
+        seen = F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=decoding.past)
+    return seen.transpose(1, 2).reshape(decoding.rows * n, -1).to(qkv.dtype)
 
 # %% ../../nbs/1_musicgen/14a_decoder.ipynb #fd083c1b
-@torch.inference_mode()
 def forward(
     decoding: Decoding,
     tokens: Tensor, # [batch, codebooks, n]
@@ -250,15 +256,17 @@ def forward(
 ) -> Tensor: # guided logits after the last of them, float32 [batch, codebooks, card]
     "One pass through the decoder."
     d, n = decoding.decoder, tokens.shape[-1]
-    place = decoding.places[start:start + n] if decoding.at is None else decoding.places.index_select(0, decoding.at)
+    place = decoding.places.narrow(0, start, n) if decoding.at is None else decoding.places.index_select(0, decoding.at)
     x = (F.embedding(tokens + d.offsets, d.table).sum(1) + place).flatten(0, 1)
     told = len(x) # rows that have a text
     if decoding.rows > decoding.batch: x = torch.cat((x, x))
     for layer, cache, text in zip(d.layers, decoding.caches, decoding.texts):
         x = layer.out.add(x, look_back(decoding, cache, layer.qkv(layer.norm(x)), start))
-        y = x[:told]
+        y = x.narrow(0, 0, told)
         y += text(layer.text_norm(y))
         x = layer.down.add(x, d.activation(layer.up(layer.last_norm(x))))
     if n > 1: x = x.view(decoding.rows, n, -1)[:, -1]
     logits = d.head(d.norm(x)).view(decoding.rows, len(d.late), -1).float()
-    return logits if decoding.rows == decoding.batch else torch.lerp(logits[decoding.batch:], logits[:decoding.batch], decoding.guidance)
+    if decoding.rows == decoding.batch: return logits
+    yes, no = logits.chunk(2)
+    return torch.lerp(no, yes, decoding.guidance)

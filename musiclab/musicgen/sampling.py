@@ -121,7 +121,7 @@ def generate_tokens(
             if step == first or step % NOISE == 0: sampler.refill(len(d.late), d.special, d.device)
             if recorded: recorded()
             else:
-                chosen = sampler.choose(forward(decoding, tokens[..., start:step + 1], start), step)
+                chosen = sampler.choose(forward(decoding, tokens.narrow(2, start, step + 1 - start), start), step)
                 columns[step + 1].copy_(chosen if all_free[step] else torch.where(free[:, step], chosen, columns[step + 1]))
                 start = step + 1
                 if fixed or fixed is None and tokens.is_cuda: recorded = FixedStep(decoding, sampler, tokens, free, start)
