@@ -53,8 +53,8 @@ def heard(page, hertz):
 
 
 def test_switching_keeps_the_place(page):
-    box = page.locator(".ml-player").first
-    assert page.locator(".ml-player.ml-on").count() == 3 and not page.locator("audio").first.is_visible()
+    box = page.locator(".ml-box").first
+    assert page.locator(".ml-box.ml-on").count() == 3 and not page.locator("audio").first.is_visible()
     box.locator(".ml-play").click()
     heard(page, 400)
     for choose, hertz in (("box.querySelectorAll('.ml-track button')[1].click()", 1600),
@@ -67,8 +67,8 @@ def test_switching_keeps_the_place(page):
 
 
 def test_seeking_pausing_and_the_others_falling_silent(page):
-    first, second, third = page.locator(".ml-player").all()
-    first.locator(".ml-waves").click(position={"x": first.locator(".ml-waves").bounding_box()["width"] / 2, "y": 10})
+    first, second, third = page.locator(".ml-box").all()
+    first.locator(".ml-strip").click(position={"x": first.locator(".ml-strip").bounding_box()["width"] / 2, "y": 10})
     assert abs(first.evaluate("box => box.player.position()") - 5) < 0.1
     page.keyboard.press(" ")
     heard(page, 400)
