@@ -152,18 +152,32 @@ def pianoroll(
     return Picture(figure, f"piano roll {title}: " + ", ".join(f"{part.name} {len(part.notes)} notes" for part in parts))
 
 # %% ../nbs/0_shared/11e_pictures.ipynb #e77c20f5
+def _hue(numbers: np.ndarray, kinds: np.ndarray | None) -> np.ndarray: # [..., 3] a colour for each; with kinds one hue per kind
+    from matplotlib.colors import hsv_to_rgb
+    step = numbers * 0.6180339887
+    if kinds is None: return hsv_to_rgb(np.stack([step % 1, 0.45 + 0.35 * (7 * step % 1), 0.95 - 0.35 * (3 * step % 1)], -1))
+    return hsv_to_rgb(np.stack([0.65 + kinds * 0.6180339887, np.full(step.shape, 0.6), 0.5 + 0.45 * (step % 1)], -1) % 1)
+
 def tokens(
-    codes, # [codebooks, frames] or [frames] whole numbers, numpy or torch; negative ones mean empty
+    codes, # [codebooks, frames] or [tokens] whole numbers, numpy or torch; negative ones mean empty
     title: str = "", # above the drawing
+    kinds=None, # [same shape] what each token is, as texts: "bar", "pitch" …; each kind gets a hue and a place in the legend
+    line: int = 128, # a stream of one row is broken into lines of so many tokens
 ) -> Picture:
     "Tokens as a woven band: one colour for each number, grey where there is none."
-    from matplotlib.colors import hsv_to_rgb
-    codes = np.atleast_2d(np.asarray(codes))
-    if codes.ndim != 2:
+    codes, names = np.asarray(codes), None
+    if codes.ndim not in (1, 2):
         raise MusiclabError(f"cannot draw tokens of shape {codes.shape}", "show.tokens", "Choose one row of the batch: [codebooks, frames]")
-    step = codes * 0.6180339887
-    colors = hsv_to_rgb(np.stack([step % 1, 0.45 + 0.35 * (7 * step % 1), 0.95 - 0.35 * (3 * step % 1)], -1))
-    figure, ax = axes(height=0.7 + 0.22 * min(len(codes), 16), title=title)
-    ax.imshow(np.where(codes[..., None] < 0, 0.5, colors), aspect="auto", interpolation="nearest")
-    ax.set(xlabel="frame", ylabel="codebook", yticks=range(len(codes)))
+    if kinds is not None: names, kinds = np.unique(np.asarray(kinds), return_inverse=True)
+    stream = codes.ndim == 1
+    colors = np.where(codes[..., None] < 0, 0.5, _hue(codes, None if names is None else kinds.reshape(codes.shape)))
+    colors = np.concatenate([colors, np.ones((*codes.shape, 1))], -1) # opaque
+    if stream and len(codes) > line: colors = np.pad(colors, ((0, -len(codes) % line), (0, 0))).reshape(-1, line, 4)
+    colors = np.atleast_3d(colors) if not stream or len(codes) > line else colors[None]
+    figure, ax = axes(height=0.7 + 0.22 * min(len(colors), 16) + 0.3 * (names is not None), title=title)
+    ax.imshow(colors, aspect="auto", interpolation="nearest")
+    ax.set(xlabel="token" if stream else "frame", ylabel="line" if stream else "codebook", yticks=range(0, len(colors), -(-len(colors) // 16)))
+    if names is not None:
+        swatches = [ax.plot([], [], "s", color=_hue(np.array(1), np.array(i)), label=name)[0] for i, name in enumerate(names)]
+        figure.legend(handles=swatches, loc="outside lower center", ncols=8, fontsize=8, labelcolor=GREY, frameon=False)
     return Picture(figure, f"tokens {title} of shape {codes.shape}")

@@ -139,7 +139,10 @@ STYLE = """<style>
 </style>"""
 
 # %% ../nbs/0_shared/11a_stage.ipynb #39665cde
-def color(number: int) -> str: # the colour of a sound or a part by its number
+def color(
+    number: int, # of a sound or a part, from 0
+) -> str: # in CSS
+    "Its colour; after nine they begin again."
     return COLORS[number % len(COLORS)]
 
 def box(
