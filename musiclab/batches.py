@@ -115,6 +115,12 @@ class Plan:
         "The steps that show every row `epochs` times; the last one is filled up from the epoch after."
         return max(1, -(-self.stream.start(epochs) // self.units))
 
+    def epoch_ends(self, total: int) -> dict[int, int]: # step -> how many epochs have been seen then
+        "The steps, up to step `total`, that end an epoch."
+        ends, epoch = {}, 1
+        while (step := self.steps(epoch)) <= total: ends[step], epoch = epoch, epoch + 1
+        return ends
+
     def step(self, number: int) -> list[list[list[Row]]]: # [world][accumulate] micro-batches, each a list of rows
         "The rows of a step, counted from 0, dealt to processes and micro-batches."
         if not self.bucket: cards = self.stream.deal(number * self.units, (number + 1) * self.units)

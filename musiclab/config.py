@@ -163,7 +163,7 @@ class Steps(Settings):
     batch_size: int = Field(2, ge=1, description="songs at once on one card")
     accumulate: int = Field(8, ge=1, description="batches per step")
     lr: float = Field(3e-4, gt=0, le=1, description="learning rate at its highest")
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="adamw8bit and adafactor need less memory")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = Field("adamw", description="adamw8bit and adafactor need less memory; muon learns more from little data, matrices only")
     weight_decay: float = Field(0.01, ge=0, description="pull of all weights towards zero, per step and times lr")
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = Field("cosine", description="lr after the warm-up")
     warmup: int = Field(100, ge=0, description="steps in which lr rises from zero; at most a tenth of the run is used for it")
@@ -188,15 +188,18 @@ class Machine(Settings):
 class Watching(Settings):
     "Looking and listening"
     validate_every: int | None = Field(None, ge=1, description="steps between validations; none: each epoch, at most 50 times")
+    validate_epochs: int | None = Field(None, ge=1, description="passes over the data between validations; goes before validate_every")
     sample_every: int | None = Field(None, ge=1, description="steps between validation sounds; none: with each validation")
     sample_prompts: list[str | dict[str, Any]] = Field([], description="what to play: texts, or mappings (caption, tags, lyrics)")
     sample_seconds: float = Field(8.0, gt=0, description="length of each sound, in seconds")
     log_every: int = Field(1, ge=1, description="steps between lines of the log")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="where the log goes besides its own file")
+    project: str = Field("musiclab", description="the project's name, for wandb")
 
 class Saving(Settings):
     "Saving and stopping"
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; none: with each validation")
+    save_epochs: int | None = Field(None, ge=1, description="passes over the data between checkpoints that stay for good, as checkpoint_epoch_N")
     save_minutes: float | None = Field(15.0, gt=0, description="a checkpoint after so many minutes in any case; none: by steps only")
     keep: int = Field(3, ge=1, description="how many checkpoints stay")
     resume: PathText = Field("latest", description="latest: go on from the newest checkpoint in output; none: do not; or its path")

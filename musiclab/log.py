@@ -39,7 +39,7 @@ class Log:
         if "wandb" in trackers:
             try: import wandb
             except ImportError as error: raise MusiclabError("the package wandb is not installed", "trackers", "pip install wandb, or leave it out") from error
-            self.wandb = wandb.init(project="musiclab", dir=str(folder), config=config, resume="allow", id=fingerprint([str(self.path.resolve()), config]))
+            self.wandb = wandb.init(project=config.get("project", "musiclab"), dir=str(folder), config=config, resume="allow", id=fingerprint([str(self.path.resolve()), config]))
 
     def write(self, step: int, **record) -> None:
         "Record numbers of a step; nested ones get names like valid/loss on the board."

@@ -31,7 +31,7 @@ def lr_at(
 
 # %% ../nbs/0_shared/10b_optim.ipynb #5bf76407
 def make_optimizer(
-    name: str, # "adamw", "adamw8bit" or "adafactor"
+    name: str, # "adamw", "adamw8bit", "adafactor" or "muon"
     params: list[nn.Parameter], # what it moves
     lr: float, # the rate; it is set anew for each step
     weight_decay: float = 0.01, # pull towards zero; vectors (biases, norms, magnitudes) are left alone
@@ -41,12 +41,15 @@ def make_optimizer(
     groups = [g for g in (dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)) if g["params"]]
     if name == "adamw": return torch.optim.AdamW(groups, lr=lr, fused=all(p.device.type in ("cuda", "cpu") for p in params))
     if name == "adafactor": return torch.optim.Adafactor(groups, lr=lr)
+    if name == "muon":
+        if any(p.ndim != 2 for p in params): raise MusiclabError("muon moves matrices only", "optimizer=muon", "Choose adamw for the other weights")
+        return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw") # so that rates mean the same as for adamw
     if name == "adamw8bit":
         try: from bitsandbytes.optim import AdamW8bit
         except Exception as error: # a missing package, or one built for another CUDA
             raise MusiclabError(f"bitsandbytes cannot be loaded ({error})", "optimizer=adamw8bit", "pip install bitsandbytes, or choose adamw") from error
         return AdamW8bit(groups, lr=lr)
-    raise MusiclabError(f"unknown optimizer {name!r}", "optimizer", "Choose adamw, adamw8bit or adafactor")
+    raise MusiclabError(f"unknown optimizer {name!r}", "optimizer", "Choose adamw, adamw8bit, adafactor or muon")
 
 # %% ../nbs/0_shared/10b_optim.ipynb #4dc48e30
 def whole(value):

@@ -7,6 +7,7 @@ __all__ = ['Batch', 'At', 'Group', 'Step', 'Task']
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+import numpy as np
 from torch import Tensor, nn
 from .core import Draw
 
@@ -14,12 +15,12 @@ from .core import Draw
 @dataclass
 class Batch:
     "What goes through the model at once."
-    data: dict[str, Any] # tensors (and whatever else the task needs)
+    data: dict[str, Any] # tensors, things with a method `to` like theirs, and whatever else the task needs
     counts: dict[str, float] # loss part -> how many terms its sum will have
 
     def to(self, device) -> "Batch":
         "A copy with the tensors on `device`."
-        return replace(self, data={k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.data.items()})
+        return replace(self, data={k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in self.data.items()})
 
     def __getitem__(self, name: str): return self.data[name]
 
@@ -66,6 +67,8 @@ class Task(Protocol):
     features: tuple = () # slow things about a track, computed once (musiclab.features.Feature)
     parts: Mapping[str, float] = {"loss": 1.0} # loss parts and their weights
     probes: tuple[Mapping[str, Any], ...] = ({},) # fixed points of validation
+    max_tokens: int | None = None # pack examples into micro-batches of at most this many tokens; None: as many rows as the configuration says
+    best: str | None = None # a file name: where the weights with the lowest validation loss are kept as a plain state dict
 
     def load(self, device, dtype, quantize: str | None) -> nn.Module:
         "The module to be trained, alone: encoders were closed before."
@@ -84,8 +87,11 @@ class Task(Protocol):
         "Conditions (feature rows of prompts) to codes, latents or ids."
     def decode(self, raw: Any) -> list:
         "Codes, latents or ids to `Audio` or `Song`; opens its decoder and frees it."
-    def lengths(self, tracks) -> Any:
-        "How long each track's example will be, for bucketing; an array [tracks]."
+    def lengths(self, tracks, prepared) -> Any:
+        "How long each track's example will be, for bucketing and packing; an array [tracks]. `prepared` has the tracks' features."
+    def weights(self, tracks, prepared) -> Any:
+        "How often each track appears per epoch, on average: its column `weight`, else 1; an array [tracks]."
+        return np.array([track.extra.get("weight", 1.0) for track in tracks])
     def formats(self) -> Mapping[str, Any]:
         "How other tools name and lay out these weights (musiclab.adapters.Format)."
         return {}

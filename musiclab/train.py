@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'FREE', 'MicroBatches', 'training_rows', 'validation_rows', 'loader', 'find_checkpoint', 'check_settings',
-           'Run', 'as_track', 'play', 'store_of', 'save', 'asdict_of', 'publish', 'validate', 'listen', 'begin',
-           'gather', 'minutes_from_now', 'loop', 'fit', 'weights_of']
+           'Run', 'as_track', 'play', 'store_of', 'save', 'asdict_of', 'publish', 'keep_epoch', 'keep_best', 'validate',
+           'listen', 'begin', 'gather', 'minutes_from_now', 'loop', 'fit']
 
 # %% ../nbs/0_shared/11_train.ipynb #27004f78
 import json, shutil, signal, sys, time
@@ -19,7 +19,7 @@ from . import __version__, adapters
 from .batches import Plan, Row, in_order
 from .checkpoints import Checkpoints, Stop, load_state, save_state, verify
 from .config import TrainConfig
-from .core import Draw, MusiclabError, Problem, Stopped, atomic_folder, atomic_write, home, pick_device, progress
+from .core import Draw, MusiclabError, Problem, Stopped, atomic_file, atomic_folder, atomic_write, home, pick_device, progress
 from .tracks import Track, Tracks
 from .engine import Engine, agreed, engine_state, evaluate, load_engine_state, processes, sample, update
 from .features import Prepared, prepare
@@ -80,7 +80,7 @@ def _worker(_: int) -> None: # Ctrl-C is the parent's business, and being termin
 
 # %% ../nbs/0_shared/11_train.ipynb #39b00acc
 FIXED = ("task", "model", "method", "rank", "alpha", "targets", "quantize") # what a checkpoint's weights depend on
-FREE = ("output", "resume", "epochs", "max_steps", "validate_every", "sample_every", "sample_prompts", "sample_seconds", "save_every", "save_minutes",
+FREE = ("output", "resume", "epochs", "max_steps", "validate_every", "validate_epochs", "project", "save_epochs", "sample_every", "sample_prompts", "sample_seconds", "save_every", "save_minutes",
         "keep", "time_budget", "log_every", "trackers", "store", "cache", "workers", "device", "debug", "gradient_checkpointing", "compile", "strategy")
 
 def find_checkpoint(
@@ -93,8 +93,10 @@ def find_checkpoint(
             "Continue it with resume=latest, or choose another output folder")
         return None
     if config.resume != "latest":
-        verify(config.resume)
-        return Path(config.resume)
+        path = Path(config.resume)
+        if path.suffix == ".pt" and not path.exists(): path = path.with_suffix("") # checkpoint_epoch_5.pt, as some say it
+        verify(path)
+        return path
     found = checkpoints.newest()
     for problem in checkpoints.refused: print(f"refused a damaged checkpoint: {problem}")
     return found
@@ -196,6 +198,18 @@ def publish(run: Run) -> None:
     if (made := run.checkpoints.newest()) and (made/"adapter").is_dir():
         with atomic_folder(run.folder/"adapter") as beside: shutil.copytree(made/"adapter", beside, dirs_exist_ok=True)
 
+def keep_epoch(run: Run, epoch: int) -> None:
+    "Copy the newest checkpoint to `OUTPUT/checkpoint_epoch_N`, where it stays."
+    with atomic_folder(run.folder/f"checkpoint_epoch_{epoch}") as beside: shutil.copytree(run.checkpoints.newest(), beside, dirs_exist_ok=True)
+
+def keep_best(run: Run) -> None:
+    "Write the present weights to the file that the task names. All processes call it together."
+    engine = run.engine
+    with engine.ema.applied() if engine.ema else nullcontext():
+        weights = {name: whole(p.detach()).cpu().clone() for name, p in engine.params.items()}
+    if engine.rank == 0:
+        with atomic_file(run.folder/engine.task.best) as beside: torch.save(weights, beside)
+
 # %% ../nbs/0_shared/11_train.ipynb #9c1f8ff6
 def validate(run: Run, valid: MicroBatches, rounds: list, stop) -> None:
     "Record the validation loss of the present step, unless stopped meanwhile."
@@ -205,7 +219,10 @@ def validate(run: Run, valid: MicroBatches, rounds: list, stop) -> None:
             if agreed(stop, engine): return
             yield batch, draws, float(bool(rounds[number][engine.rank]))
     result = evaluate(engine, batches())
-    if agreed(stop, engine) or engine.rank: return
+    if agreed(stop, engine): return
+    earlier = [record["valid"]["loss"] for record in run.history if "valid" in record] if engine.rank == 0 else []
+    if engine.task.best and agreed(lambda: engine.rank == 0 and result["loss"] < min(earlier, default=np.inf), engine): keep_best(run)
+    if engine.rank: return
     run.log.write(run.step, valid=result)
     print(f"step {run.step}/{run.total}: validation loss {result['loss']:.4f}")
 
@@ -257,14 +274,17 @@ def minutes_from_now(
     return lambda: time.monotonic() > end
 
 # %% ../nbs/0_shared/11_train.ipynb #8ae1a7ba
-def loop(run: Run, batches: MicroBatches, per_epoch: int, valid: MicroBatches, rounds: list, stop) -> None:
+def loop(run: Run, batches: MicroBatches, plan: Plan, valid: MicroBatches, rounds: list, stop) -> None:
     "Steps, with validation, sound and checkpoints when they are due, until the end or a stop."
     engine, config = run.engine, run.engine.config
-    every = config.validate_every or max(per_epoch, run.total // 50)
+    every = config.validate_every or max(1, round(plan.stream.start(1) / plan.units), run.total // 50)
+    epochs = plan.epoch_ends(run.total) if config.validate_epochs or config.save_epochs else {}
+    passed = lambda n: bool(n) and run.step in epochs and epochs[run.step] % n == 0
     ends = lambda n: run.step == run.total or (n and run.step % n == 0)
+    looks = lambda: run.step == run.total or passed(config.validate_epochs) if config.validate_epochs else ends(every)
     def look(): # validation and sound of the present step
-        if rounds and (run.step == 0 or ends(every)): validate(run, valid, rounds, stop)
-        if config.sample_prompts and (run.step == 0 or ends(config.sample_every or every)) and not agreed(stop, engine): listen(run, stop)
+        if rounds and (run.step == 0 or looks()): validate(run, valid, rounds, stop)
+        if config.sample_prompts and (run.step == 0 or (ends(config.sample_every) if config.sample_every else looks())) and not agreed(stop, engine): listen(run, stop)
     seen = {name for record in run.history if record["step"] == run.step for name in record} if engine.rank == 0 else set()
     if not agreed(lambda: "valid" in seen, engine): look() # of a resumed run this step may have been looked at before
     saved, due = run.step, minutes_from_now(config.save_minutes)
@@ -283,10 +303,13 @@ def loop(run: Run, batches: MicroBatches, per_epoch: int, valid: MicroBatches, r
             if engine.rank == 0 and ends(config.log_every): run.log.write(run.step, **result)
             bar.update(); bar.set_postfix(loss=f"{result['loss']:.3f}", refresh=False)
             look()
-            if (ends(config.save_every or every) or agreed(due, engine)) and not engine.bad_steps:
+            stays = passed(config.save_epochs)
+            if (stays or (ends(config.save_every) if config.save_every else looks()) or agreed(due, engine)) and not engine.bad_steps:
                 save(run)
+                if stays and engine.rank == 0: keep_epoch(run, epochs[run.step])
                 saved, due = run.step, minutes_from_now(config.save_minutes)
     if saved < run.step and not engine.bad_steps: save(run)
+    if engine.task.best and not rounds: keep_best(run) # nothing to compare with: the last is the best
 
 # %% ../nbs/0_shared/11_train.ipynb #6500119f
 def fit(
@@ -304,20 +327,16 @@ def fit(
         except Stopped as error:
             error.exit_code = stop.exit_code
             raise
-        plan = Plan(weights_of(train), config.batch_size, config.accumulate, world, config.seed,
-                    lengths=task.lengths(train) if config.bucket else None, bucket=16 if config.bucket else 0)
+        plan = Plan(task.weights(train, prepared), config.batch_size, config.accumulate, world, config.seed, max_tokens=task.max_tokens,
+                    lengths=task.lengths(train, prepared) if config.bucket or task.max_tokens else None, bucket=16 if config.bucket else 0)
         run = begin(task, config, device, rank, world, 2 if config.debug else config.max_steps or plan.steps(config.epochs))
         run.problems = prepared.problems
         rounds = in_order(len(valid), config.batch_size, world)
         asked = lambda: bool(stop)
-        try: loop(run, MicroBatches(task, train, prepared, config.seed, partial(training_rows, plan, rank)), max(1, round(plan.stream.start(1) / plan.units)),
+        try: loop(run, MicroBatches(task, train, prepared, config.seed, partial(training_rows, plan, rank)), plan,
                   MicroBatches(task, valid, prepared, config.seed, partial(validation_rows, rounds, rank)), rounds, asked)
         finally:
             if rank == 0: run.log.close()
         run.stopped = stop.reason
         if rank == 0: publish(run)
     return run
-
-def weights_of(tracks: Tracks) -> np.ndarray: # [rows]
-    "How often each track appears per epoch: its column `weight`, else 1."
-    return np.array([track.extra.get("weight", 1.0) for track in tracks])

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -125,6 +126,43 @@ def test_samples_are_written_on_the_way(tmp_path):
     made = run(tmp_path, sample_prompts=["la", {"caption": "do re"}], sample_seconds=2, sample_every=3)
     assert [r["step"] for r in made.history if "samples" in r] == [0, 3, 6]
     assert len(list((tmp_path / "samples").rglob("*.wav"))) == 6
+
+
+class Kept(Toy):
+    best = "best.pt"
+
+
+def test_the_best_weights_and_whole_epochs_are_kept(tmp_path):
+    tracks, config = songs(), settings(tmp_path, max_steps=None, epochs=4, validate_epochs=1, save_epochs=2, accumulate=1, batch_size=2, keep=1, lr=0.02)
+    made = fit(Kept(config), tracks[:4], tracks[4:], config)
+    losses = {r["step"]: r["valid"]["loss"] for r in made.history if "valid" in r}
+    assert list(losses) == [0, 2, 4, 6, 8] and {p.name for p in tmp_path.glob("checkpoint_epoch_*")} == {"checkpoint_epoch_2", "checkpoint_epoch_4"}
+    best, last = torch.load(tmp_path / "best.pt", weights_only=True), weights(tmp_path, 8)
+    assert equal(best, last) == (min(losses, key=losses.get) == 8) and best.keys() == last.keys()
+    other = settings(tmp_path / "other", max_steps=None, epochs=4, accumulate=1, batch_size=2, lr=0.02, resume=str(tmp_path / "checkpoint_epoch_2.pt"))
+    fit(Kept(other), tracks[:4], tracks[4:], other)
+    assert equal(weights(tmp_path / "other", 8), last)
+
+
+def test_without_validation_the_last_is_the_best(tmp_path):
+    tracks, config = songs(), settings(tmp_path)
+    fit(Kept(config), tracks[:5], tracks[:0], config)
+    assert equal(torch.load(tmp_path / "best.pt", weights_only=True), weights(tmp_path, 6))
+
+
+class Packed(Toy):
+    max_tokens = 40
+    def lengths(self, tracks, prepared): return np.full(len(tracks), 9)
+    def example(self, track, rows, draw):
+        self.seen = getattr(self, "seen", 0) + 1
+        return super().example(track, rows, draw)
+
+
+def test_examples_are_packed_up_to_a_number_of_tokens(tmp_path):
+    tracks, config = songs(), settings(tmp_path, workers=0, accumulate=1, max_steps=1)
+    task = Packed(config)
+    fit(task, tracks[:6], tracks[:0], config)
+    assert task.seen == 4 # four times nine fit into forty
 
 
 def test_debug_and_limits(tmp_path):

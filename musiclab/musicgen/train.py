@@ -64,7 +64,7 @@ class MusicGenTask(Task):
         return {"adapter": Group(lora=self.config.targets or LORA_TARGETS)}
 
     def blocks(self, model): return list(model.decoder.model.decoder.layers)
-    def lengths(self, tracks) -> np.ndarray: return np.minimum(np.nan_to_num(tracks.column("seconds"), nan=1e9) * 50, self.config.frames)
+    def lengths(self, tracks, prepared) -> np.ndarray: return np.minimum(np.nan_to_num(tracks.column("seconds"), nan=1e9) * 50, self.config.frames)
     def example(self, track, rows, draw) -> dict: return example(rows, self.config.frames, draw)
     def collate(self, examples) -> Batch: return collate(examples, self.channels)
 
