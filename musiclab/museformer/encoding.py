@@ -16,8 +16,10 @@ from .vocabulary import (
 WIDTH = 18 # columns: 3 for the player, 6 for the position, pitch, velocity, 6 for the duration, SUM
 
 def _positions(offset: np.ndarray) -> np.ndarray: # [n, 6] tokens: carries, then the position; -1 where there is no carry
-    table = np.where(offset[:, None] // 48 > np.arange(4, -1, -1), ID["POS_CARRY"], -1)
-    return np.concatenate([table, FIRST["POS"] + offset[:, None] % 48], 1)
+    table = np.full((len(offset), 6), -1, np.int16)
+    table[:, :5][offset[:, None] // 48 > np.arange(4, -1, -1)] = ID["POS_CARRY"]
+    table[:, 5] = FIRST["POS"] + offset % 48
+    return table
 
 def note_rows(
     hits: np.ndarray, # array of type HIT in the order of tokens, not empty
@@ -27,7 +29,7 @@ def note_rows(
     begins = (np.diff(hits["bar"], prepend=-1) != 0) | (np.diff(part, prepend=-1) != 0)
     onset = begins | (np.diff(hits["offset"], prepend=-1) != 0)
     louder = begins | (np.diff(hits["velocity"], prepend=-1) != 0)
-    rows = np.full((len(hits), WIDTH), -1, np.int64)
+    rows = np.full((len(hits), WIDTH), -1, np.int16)
     rows[:, 0] = np.where(begins, np.where(drums, ID["DRUMS"], FIRST["FAM"] + part // 32), -1)
     rows[:, 1] = np.where(begins & ~drums, FIRST["VAR"] + part // 4 % 8, -1)
     rows[:, 2] = np.where(begins & ~drums & (part % 4 > 0), FIRST["VOICE"] - 1 + part % 4, -1)
@@ -52,7 +54,7 @@ def head_rows(
 ) -> np.ndarray: # [bars, WIDTH] tokens
     "How each bar begins: signature and tempo where they change, and the harmony."
     bars, at_start = grid.bars, grid.paces[grid.paces["offset"] == 0]
-    rows = np.full((len(bars), WIDTH), -1, np.int64)
+    rows = np.full((len(bars), WIDTH), -1, np.int16)
     rows[:, 0] = BAR
     new = np.diff(bars["numerator"] * 100 + bars["denominator"], prepend=-1) != 0
     rows[:, 1] = np.where(new, FIRST["TSN"] - 1 + bars["numerator"], -1)
@@ -70,7 +72,7 @@ def change_rows(
     turns = np.flatnonzero(chords[:, 0] != chords[:, 1]) if chords is not None else np.zeros(0, int)
     bar = np.concatenate([inside["bar"], turns])
     offset = np.concatenate([inside["offset"], -(-grid.bars["length"][turns] // 2)])
-    rows = np.full((len(bar), WIDTH), -1, np.int64)
+    rows = np.full((len(bar), WIDTH), -1, np.int16)
     rows[:, 3:9] = _positions(offset)
     rows[:len(inside), 9:11] = _tempo_tokens(inside["bpm"])
     if len(turns): rows[len(inside):, 9:11] = _chord_tokens(chords[turns, 1])
@@ -85,7 +87,7 @@ def to_tokens(
     count = len(grid.bars)
     if not count: return np.array([BOS, EOS], np.int16)
     heads, (changes, bar, place), hits = head_rows(grid, chords), change_rows(grid, chords), grid.hits
-    closing = np.full((count, WIDTH), -1, np.int64)
+    closing = np.full((count, WIDTH), -1, np.int16)
     closing[:, 0] = SUM
     rows = np.concatenate([heads, changes, closing, note_rows(hits)])
     numbers, far = np.arange(count), 1 << 12 # rows of a bar: its head, changes by place, closing, notes as they are
