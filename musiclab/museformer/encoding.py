@@ -10,7 +10,7 @@ import numpy as np
 from .chords import NO_CHORD
 from .grid import HIT, MEASURE, PACE, SLOWEST, Grid, sort_hits
 from .vocabulary import (
-    BAR, BOS, CONDUCTOR, DRUM_PART, DURATION_TOKENS, EOS, FIRST, GRID, ID, KIND, KINDS, LONGEST, PAD, SUM, VALUE, VOCABULARY, annotate, is_kind)
+    BAR, BOS, CONDUCTOR, DRUM_PART, DURATION_TOKENS, EOS, FIRST, GRID, ID, KIND, KINDS, LONGEST, PAD, SUM, VALUE, annotate, is_kind)
 
 # %% ../../nbs/4_museformer/41_encoding.ipynb #8777187c
 WIDTH = 18 # columns: 3 for the player, 6 for the position, pitch, velocity, 6 for the duration, SUM

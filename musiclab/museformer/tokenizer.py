@@ -59,7 +59,7 @@ def text_to_song(
     "A song from text in ticks."
     header, *lines = text.splitlines()
     settings = dict(word.split("=", 1) for word in header.split()[1:] if "=" in word)
-    song, rows = Song([], [], [], ppq=0), []
+    song, rows, number = Song([], [], [], ppq=0), [], 1
     try:
         song.ppq = int(settings["ppq"])
         for number, line in enumerate(lines, 2):
@@ -72,7 +72,7 @@ def text_to_song(
             elif head.startswith("@"):
                 pitch, velocity, duration = map(int, rest)
                 rows[-1].append((int(head[1:]), duration, pitch, velocity))
-    except (LookupError, ValueError) as error: raise MusiclabError(f"line {number if rows or song.meters else 1} cannot be read ({error})", where) from error
+    except (LookupError, ValueError) as error: raise MusiclabError(f"line {number} cannot be read ({error})", where) from error
     for part, played in zip(song.parts, rows): part.notes = notes(played)
     return song, settings.get("chords") == "1"
 

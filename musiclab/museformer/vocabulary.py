@@ -60,15 +60,16 @@ def annotate(
     ids: np.ndarray, # tokens of one piece
 ) -> dict[str, np.ndarray]: # int32 `bar` (BOS -1), `seg`, `part` (program * 4 + voice, DRUM_PART or CONDUCTOR), bool `is_sum`; of the length of `ids`
     "Where each token stands. `part` is known for whole segments, their first tokens included: see `instruments` for what a model may know."
-    ids = np.asarray(ids)
-    is_sum = ids == SUM
-    seg = np.cumsum(is_sum) - is_sum
+    ids = np.asarray(ids, np.int64)
+    closes = is_kind(ids, "SUM", "MASK") # a missing segment is a single token
+    seg = np.cumsum(closes) - closes
     starts = np.flatnonzero(np.diff(seg, prepend=-1))
-    head = np.concatenate([ids, [PAD, PAD]])[starts[:, None] + np.arange(3)] if len(ids) else np.zeros((0, 3), int)
+    padded = np.concatenate([ids, [PAD] * 3])
+    head = padded[(starts + (padded[starts] == SEP))[:, None] + np.arange(3)]
     program = 8 * VALUE[head[:, 0]] + VALUE[head[:, 1]]
     part = np.select([is_kind(head[:, 0], "FAM"), is_kind(head[:, 0], "DRUMS")],
                      [4 * program + np.where(is_kind(head[:, 2], "VOICE"), VALUE[head[:, 2]], 0), DRUM_PART], CONDUCTOR)
-    return {"bar": (np.cumsum(ids == BAR) - 1).astype(np.int32), "seg": seg.astype(np.int32), "part": part[seg].astype(np.int32) if len(ids) else part.astype(np.int32), "is_sum": is_sum}
+    return {"bar": (np.cumsum(ids == BAR) - 1).astype(np.int32), "seg": seg.astype(np.int32), "part": part[seg].astype(np.int32), "is_sum": ids == SUM}
 
 # %% ../../nbs/4_museformer/40_vocabulary.ipynb #4c0ad2a5
 def instruments(
@@ -76,4 +77,4 @@ def instruments(
 ) -> np.ndarray: # int32: program 0 to 127, 128 for drums, -1 for the conductor and where it is not yet known
     "The instrument that plays each token, as far as the tokens up to it tell."
     where = annotate(ids)
-    return np.where(is_kind(np.asarray(ids), "FAM") | (where["part"] < 0), -1, where["part"] // 4)
+    return np.where(is_kind(np.asarray(ids, np.int64), "FAM", "SEP") | (where["part"] < 0), -1, where["part"] // 4)
