@@ -62,7 +62,8 @@ def text_to_song(
     song, rows, number = Song([], [], [], ppq=0), [], 1
     try:
         song.ppq = int(settings["ppq"])
-        for number, line in enumerate(lines, 2):
+        for line in lines:
+            number += 1
             head, *rest = line.split() or ["#"]
             if head == "PART":
                 rows.append([])
