@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := dev,codecs,quant
+EXTRAS := dev,codecs,lyrics,quant
 # constraints.txt holds the versions tested on Python 3.11; a few of them have no release for Python 3.10.
 PINNED = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
 

@@ -9,7 +9,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..layers import plain
 from .attention import CrossAttention, SelfAttention, narrow
 
 # %% ../../nbs/2_ace_step/23a_block.ipynb #e22270b1
@@ -55,9 +54,9 @@ class Pointwise(nn.Module):
         return self.conv(x)
 
 def to_convolution(module: nn.Module, state: dict, prefix: str, _) -> None:
-    "Weights on their way out get the release's shape."
+    "Weights on their way out get the release's shape; quantised ones, of a type of their own, stay as they are."
     weight = state.get(prefix + "conv.weight")
-    if weight is not None and plain(weight): state[prefix + "conv.weight"] = weight[..., None]
+    if type(weight) in (Tensor, nn.Parameter): state[prefix + "conv.weight"] = weight[..., None]
 
 def to_linear(module: nn.Module, state: dict, prefix: str, *_) -> None:
     "Weights on their way in lose it."

@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from ..core import MusiclabError, atomic_folder, fetch, fingerprint, sha256
+from ..core import MusiclabError, atomic_folder, fetch, fingerprint, prepare_imports, sha256
+from .lyrics import FILE, tiny_vocabulary
+prepare_imports() # before transformers and diffusers, which the functions below import
 
 # %% ../../nbs/2_ace_step/20_checkpoint.ipynb #d28c1e47
 PARTS = {"transformer": "ace_step_transformer", "codec": "music_dcae_f8c8", "vocoder": "music_vocoder", "text": "umt5-base"}
@@ -175,4 +177,5 @@ def tiny_checkpoint(
             weights = {name: weight.bfloat16() for name, weight in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
             write_part(place, part, TINY[part], weights)
         tiny_text_tokenizer().save_pretrained(place/PARTS["text"])
+        tiny_vocabulary(place/FILE)
     return Path(folder)
