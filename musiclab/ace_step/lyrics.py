@@ -43,7 +43,7 @@ def by_letters(
     return _classifier().classify(text.lower())
 
 # %% ../../nbs/2_ace_step/21a_lyrics.ipynb #e7e7a950
-SURE = 0.9 # of a line's own language; below, the song's
+SURE = 0.9 # below, a line takes the language of the song
 
 @dataclass(frozen=True)
 class Line:
@@ -56,7 +56,8 @@ def languages(
 ) -> Iterator[Line]: # one for each line
     "The lines of a song and the language of each."
     latin = [line for line in lyrics.split("\n") if not line.lstrip().startswith("[") and not by_script(line) and re.search(r"[^\W\d_]", line)]
-    usual, forced = by_letters("\n".join(latin))[0] if latin else "en", None
+    guess, sure = by_letters("\n".join(latin))
+    usual, forced = guess if sure > 0.5 else "en", None
     for line in lyrics.split("\n"):
         mark = re.match(r"\s*\[lang:\s*([\w-]*)\s*\](.*)", line, re.I)
         text, told = (mark[2].strip(), mark[1].lower().partition("-")[0]) if mark else (line.strip(), forced)
