@@ -98,7 +98,7 @@ def prepare_imports() -> list[str]: # packages that were masked because they are
     for name, value in dict(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error",
                             TF_CPP_MIN_LOG_LEVEL="3", BITSANDBYTES_NOWELCOME="1").items(): os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|peft|diffusers|librosa|torchao|numba)\b.*")
-    for name in ("torchao", "torch.utils._pytree"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"): logging.getLogger(name).setLevel(logging.ERROR)
     return mask_broken("torchaudio", "torchcodec", "torchvision")
 
 # %% ../nbs/0_shared/00_core.ipynb #c97b1b82
