@@ -2,16 +2,16 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'BAR', 'DENOMINATORS', 'SLOWEST', 'FASTEST', 'LONGEST', 'notes', 'Part', 'ticks_to_seconds',
-           'seconds_to_ticks', 'lay_bars', 'repair_meters', 'Song', 'MidiError', 'read']
+           'seconds_to_ticks', 'lay_bars', 'repair_meters', 'Song', 'read']
 
 # %% ../nbs/0_shared/02_midi.ipynb #1bfeebd1
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from .core import MusiclabError, atomic_write
+from .core import atomic_write
+from .smf import MENDABLE, MidiError, mend, open_file, write_file
 
 # %% ../nbs/0_shared/02_midi.ipynb #9595b5ef
 NOTE = np.dtype([("start", np.int32), ("duration", np.int32), ("pitch", np.int32), ("velocity", np.int32)])
@@ -169,36 +169,6 @@ def _to_score(song: Song):
     for line in song.lyrics: score.tracks[0].lyrics.append(TextMeta(*line))
     return score
 
-# %% ../nbs/0_shared/02_midi.ipynb #b1f11329
-class MidiError(MusiclabError):
-    "A file that cannot be read as MIDI, and why."
-
-# %% ../nbs/0_shared/02_midi.ipynb #93856ea9
-def _plain(
-    data: bytes, # the file
-    where: str, # its name, for errors
-) -> tuple[bytes, list[str]]: # the same tracks in a container as the strictest reader likes it; what was odd
-    "Walk the chunks of a MIDI file and rebuild its container."
-    if len(data) < 14: raise MidiError(f"too short for a MIDI file: {len(data)} bytes", where)
-    if data[:4] != b"MThd": raise MidiError(f"not a MIDI file, it begins with {data[:12]!r}", where)
-    size, kind, announced, division = struct.unpack(">IHHH", data[4:14])
-    if division == 0 or division & 0x8000: raise MidiError("times are not counted in ticks per quarter note", where)
-    tracks, warnings, at = [], [], 8 + size
-    while at < len(data):
-        tag, length = data[at:at+4], int.from_bytes(data[at+4:at+8], "big")
-        if not tag.isalpha():
-            warnings.append(f"skipped {len(data) - at} bytes after the last track")
-            break
-        body = data[at+8:at+8+length]
-        if tag == b"MTrk": tracks.append(body)
-        if len(body) < length: warnings.append(f"track {len(tracks)} is cut off, or gives a wrong length")
-        if not body.endswith(b"\xff\x2f\x00") and tag == b"MTrk": warnings.append(f"track {len(tracks)} has no end mark")
-        at += 8 + length
-    if announced != len(tracks): warnings.append(f"found {len(tracks)} tracks where the header announces {announced}")
-    if kind > 2: warnings.append(f"read format {kind} as 1")
-    header = b"MThd" + struct.pack(">IHHH", 6, min(kind, 1), len(tracks), division)
-    return header + b"".join(b"MTrk" + struct.pack(">I", len(track)) + track for track in tracks), warnings
-
 # %% ../nbs/0_shared/02_midi.ipynb #6f580df4
 def _to_part(
     track, # a symusic track
@@ -216,35 +186,59 @@ def _to_part(
     return part, int(short.sum())
 
 # %% ../nbs/0_shared/02_midi.ipynb #daa78556
+def _struck_twice(parts: list[Part]) -> int: # how many notes begin while the same key of the same part is still down
+    if not parts: return 0
+    every = np.concatenate([part.notes for part in parts])
+    key = np.repeat(128 * np.arange(len(parts)), [len(part.notes) for part in parts]) + every["pitch"]
+    order = np.argsort(key, kind="stable") # within a key, notes stay in order of time
+    key, start, end = key[order], every["start"][order], (every["start"] + every["duration"])[order]
+    return int(((key[1:] == key[:-1]) & (start[1:] < end[:-1])).sum())
+
+# %% ../nbs/0_shared/02_midi.ipynb #c8d656bd
 LONGEST = 100_000 # quarters
+
+def _parse(ppq: int, tracks: list[bytes], where: str):
+    "symusic's Score of the tracks, mended where need be; what was mended."
+    from symusic import Score
+    try: return Score.from_midi(write_file(ppq, tracks)), []
+    except (RuntimeError, ValueError) as error: # which of them depends on the version
+        if sum(map(len, tracks)) > MENDABLE: raise MidiError(f"damaged, and too large to mend ({error})", where) from error
+    mended, dropped, broken = zip(*map(mend, tracks))
+    try: score = Score.from_midi(write_file(ppq, list(mended)))
+    except (RuntimeError, ValueError) as error:
+        raise MidiError(f"damaged beyond repair ({str(error).removeprefix('MiniMidi: ').removesuffix(': iostream error')})", where) from error
+    lost = [f"dropped {sum(dropped)} events that could not be read"] if sum(dropped) else []
+    return score, lost + [f"track {i} breaks off in the middle" for i, cut in enumerate(broken, 1) if cut]
 
 def read(
     source: str | Path | bytes, # a file, or its content
 ) -> Song:
     "A MIDI file as a `Song`; what had to be repaired is in its `warnings`. Raises `MidiError` for what is no MIDI file or beyond repair."
-    from symusic import Score
     where = "MIDI data" if isinstance(source, bytes) else str(source)
     try: data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error: raise MidiError(f"cannot be read ({error.strerror})", where) from error
-    data, warnings = _plain(data, where)
-    try: score = Score.from_midi(data)
-    except (RuntimeError, ValueError) as error: # which of them depends on the version
-        raise MidiError(f"damaged track ({str(error).removeprefix('MiniMidi: ').removesuffix(': iostream error')})", where) from error
+    ppq, tracks, film, warnings = open_file(data, where)
+    score, mended = _parse(ppq, tracks, where)
     parts, short = zip(*map(_to_part, score.tracks)) if len(score.tracks) else ((), ())
     parts = [part for part in parts if len(part.notes)]
-    if sum(short): warnings.append(f"gave {sum(short)} notes without length one tick")
-    song = Song(parts, ppq=score.ticks_per_quarter, warnings=warnings)
-    if not parts: warnings.append("no notes")
+    song = Song(parts, ppq=score.ticks_per_quarter, warnings=warnings + mended)
+    if sum(short): song.warnings.append(f"gave {sum(short)} notes without length one tick")
+    if twice := _struck_twice(parts): song.warnings.append(f"{twice} notes begin while their key is still down")
+    if not parts: song.warnings.append("no notes")
     elif song.end > LONGEST * song.ppq or min(part.notes["start"][0] for part in parts) < 0:
         raise MidiError("too long: a delta time must be damaged", where)
-    song.tempos, slow = _tempos([(event.time, event.qpm) for event in score.tempos])
-    last = max((int(part.notes["start"][-1]) for part in parts), default=0)
+    _read_maps(song, score, [] if film else [(event.time, event.qpm) for event in score.tempos])
+    return song
+
+# %% ../nbs/0_shared/02_midi.ipynb #cc132885
+def _read_maps(song: Song, score, tempos: list[tuple[int, float]]) -> None: # time, keys and words of a symusic Score
+    song.tempos, slow = _tempos(tempos)
+    last = max((int(part.notes["start"][-1]) for part in song.parts), default=0)
     song.meters, odd = repair_meters([(event.time, event.numerator, event.denominator) for event in score.time_signatures], song.ppq, last)
     song.keys = [(event.time, event.key, event.tonality == 1) for event in score.key_signatures if -7 <= event.key <= 7]
     song.lyrics = sorted((event.time, event.text) for track in score.tracks for event in track.lyrics)
     song.markers = [(event.time, event.text) for event in score.markers]
-    warnings += slow + odd
-    return song
+    song.warnings += slow + odd
 
 def _tempos(events):
     "Tempo events in order, one a tick, the first at tick 0, all in the range of music; what was changed."

@@ -1,12 +1,16 @@
 "MIDI: real files there and back, time, bars, and what a `Song` must not lose."
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musiclab.midi import Part, Song, lay_bars, notes, read, repair_meters, seconds_to_ticks, ticks_to_seconds
+from musiclab.midi import MidiError, Part, Song, lay_bars, notes, read, repair_meters, seconds_to_ticks, ticks_to_seconds
+from musiclab.smf import mend, write_file
 
 
 def contents(song):
@@ -121,3 +125,59 @@ rows = st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 2_000), st.inte
 def test_any_notes_survive(parts):
     song = Song([Part(f"p{i}", program, drums, notes(part)) for i, (part, program, drums) in enumerate(parts)])
     assert contents(read(song.to_bytes())) == contents(song)
+
+
+def test_every_bad_file_ends_as_its_manifest_says(music):
+    folder = music/"midi/bad"
+    facts = json.loads((folder/"manifest.json").read_text())["files"]
+    assert len(facts) == 30
+    for name, fact in facts.items():
+        begin, song = time.perf_counter(), None
+        try: song = read(folder/name)
+        except MidiError as error: assert name in str(error)
+        count = sum(len(part.notes) for part in song.parts) if song else None
+        assert time.perf_counter() - begin < 5
+        if fact["expect"] == "ok": assert count and not song.warnings, name
+        elif fact["expect"] == "salvage": assert count and song.warnings, name
+        elif fact["expect"] == "empty": assert count == 0, name
+        elif fact["expect"] in ("reject", "reject_too_long"): assert song is None, name
+        else: assert song is None or song.warnings, name
+        if song is not None and "notes" in fact: assert count == fact["notes"], name
+
+
+def test_every_edge_file_ends_cleanly(music):
+    for path in sorted((music/"midi/edge").glob("*.mid")):
+        try: song = read(path)
+        except MidiError as error: assert path.name in str(error)
+        else: assert song.parts or "no notes" in song.warnings
+
+
+def test_reading_is_bounded(tmp_path):
+    "Two megabytes of damage, in a process that may not take much: a time, a memory, and an end."
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, 1_900_000, dtype=np.uint8).tobytes()
+    files = {"noise": noise, "hanging": b"\x00\x90\x3c\x40" * 475_000, "texts": b"\x00\xff\x01\x7f" + noise}
+    for name, track in files.items(): (tmp_path/f"{name}.mid").write_bytes(write_file(480, [track]))
+    code = ("import resource, sys; from musiclab.midi import read, MidiError\n"
+            "for path in sys.argv[1:]:\n    try: print(len(read(path).parts))\n    except MidiError as error: print('refused')\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+    command = [sys.executable, "-c", code, *(str(tmp_path/f"{name}.mid") for name in files)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) < 500 # MB
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=120), st.integers(0, 3))
+def test_no_bytes_crash_the_reader(noise, tracks):
+    for data in (noise, write_file(480, [noise] * tracks), write_file(480, [b"\x00\x90\x3c\x40" + noise])):
+        try: song = read(data)
+        except MidiError: continue
+        assert song.end >= 0 and isinstance(song.warnings, list)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_what_was_mended_needs_no_mending(noise):
+    once, _, _ = mend(noise)
+    assert mend(once) == (once, 0, False)

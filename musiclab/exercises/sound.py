@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['audio_1', 'audio_2', 'band_1', 'compose_1', 'core_1', 'decode_1', 'decode_2', 'drums_1', 'dsp_1', 'dsp_2',
-           'harmony_1', 'midi_1', 'midi_2', 'styles_1', 'synth_1', 'voices_1']
+           'harmony_1', 'smf_1', 'midi_1', 'midi_2', 'styles_1', 'synth_1', 'voices_1']
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #af0aa9e9
 def audio_1(fade) -> None:
@@ -151,6 +151,18 @@ def harmony_1(relative) -> None:
         for mode in SCALES:
             one, other = Key(tonic, mode), relative(Key(tonic, mode))
             assert one.sharps == other.sharps, f"{one.name} and {other.name} should have the same notes."
+
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #6d10581a
+def smf_1(count_notes) -> None:
+    "Exercise of `0_shared/01a_smf`: how many notes a track has."
+    from musiclab.smf import mend
+    track = mend(b"\x00\x90\x3c\x64\x83\x60\x80\x3c\x00\x00\xff\x03\x03\x90\x3c\x64\x00\xc0\x05\x00\x99\x24\x64\x10\x99\x24\x00")[0]
+    answer = count_notes(track)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer != 4, "There is a track name whose letters look like a note-on: skip a meta event (0xFF, kind, length) whole."
+    assert answer != 3, "A note-on with the velocity 0 is a note-off."
+    assert answer == 2, f"There are two notes, one of them on the drums' channel; you have {answer}. A program change (0xC0 to 0xDF) has a single data byte."
+    assert count_notes(mend(b"")[0]) == 0, "A track may have no notes at all."
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #b465b08c
 def midi_1(swing) -> None:

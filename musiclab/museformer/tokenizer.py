@@ -13,7 +13,7 @@ from ..core import MusiclabError, atomic_write
 from ..midi import Part, Song, notes, read
 from .chords import find_chords
 from .encoding import from_tokens, to_tokens
-from .grid import to_grid, to_song
+from .grid import Grid, to_grid, to_song
 from .vocabulary import BOS, EOS, GRID, ID, PAD, SUM, VOCABULARY, annotate
 
 # %% ../../nbs/4_museformer/41a_tokenizer.ipynb #83e7d780
@@ -113,8 +113,15 @@ class HIDTokenizerV2:
         detect_chords: bool | None = None, # None: as the tokenizer is set
     ) -> np.ndarray: # int16, from BOS to EOS
         "The tokens of a song; what they cannot say is rounded, or left out."
-        grid, chords = to_grid(song), self.detect_chords if detect_chords is None else detect_chords
-        return to_tokens(grid, find_chords(grid) if chords else None)
+        return self.encode_grid(to_grid(song), detect_chords)
+
+    def encode_grid(self,
+        grid: Grid, # a song in bars and steps
+        detect_chords: bool | None = None, # None: as the tokenizer is set
+    ) -> np.ndarray: # int16, from BOS to EOS
+        "The tokens of a song on the grid: nothing more is lost."
+        wanted = self.detect_chords if detect_chords is None else detect_chords
+        return to_tokens(grid, find_chords(grid) if wanted else None)
 
     def encode_with_info(self,
         text_or_path: str | Path, # a MIDI file, a text file, or a text
@@ -124,8 +131,9 @@ class HIDTokenizerV2:
         piece, chords = read_piece(text_or_path)
         ids, about = piece, {}
         if isinstance(piece, Song):
-            ids = self.encode(piece, chords)
-            about = dict(names=[part.name for part in piece.parts], lyrics=piece.lyrics, markers=piece.markers, warnings=piece.warnings)
+            grid = to_grid(piece)
+            ids = self.encode_grid(grid, chords)
+            about = dict(names=[part.name for part in piece.parts], lyrics=piece.lyrics, markers=piece.markers, warnings=piece.warnings + grid.warnings)
         ids = ids[~np.isin(ids, (BOS, EOS))].tolist()
         if add_special: ids = [BOS, *ids, EOS]
         return ids, annotate(ids) | about
