@@ -109,17 +109,11 @@ class HIDTokenizerV2:
     def __len__(self): return len(VOCABULARY)
 
     def encode(self,
-        song: Song,
+        song: Song | Grid,
         detect_chords: bool | None = None, # None: as the tokenizer is set
     ) -> np.ndarray: # int16, from BOS to EOS
         "The tokens of a song; what they cannot say is rounded, or left out."
-        return self.encode_grid(to_grid(song), detect_chords)
-
-    def encode_grid(self,
-        grid: Grid, # a song in bars and steps
-        detect_chords: bool | None = None, # None: as the tokenizer is set
-    ) -> np.ndarray: # int16, from BOS to EOS
-        "The tokens of a song on the grid: nothing more is lost."
+        grid = song if hasattr(song, "hits") else to_grid(song)
         wanted = self.detect_chords if detect_chords is None else detect_chords
         return to_tokens(grid, find_chords(grid) if wanted else None)
 
@@ -132,8 +126,9 @@ class HIDTokenizerV2:
         ids, about = piece, {}
         if isinstance(piece, Song):
             grid = to_grid(piece)
-            ids = self.encode_grid(grid, chords)
-            about = dict(names=[part.name for part in piece.parts], lyrics=piece.lyrics, markers=piece.markers, warnings=piece.warnings + grid.warnings)
+            ids = self.encode(grid, chords)
+            about = dict(names=[part.name for part in piece.parts], lyrics=piece.lyrics, markers=piece.markers,
+                         warnings=piece.warnings + grid.warnings)
         ids = ids[~np.isin(ids, (BOS, EOS))].tolist()
         if add_special: ids = [BOS, *ids, EOS]
         return ids, annotate(ids) | about
