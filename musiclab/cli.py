@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from . import __version__
+from .commands_museformer import museformer_app
 from .core import MusiclabError
 
 # %% ../nbs/5_tools/51_cli.ipynb #19352086
@@ -20,6 +21,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data sets, convert th
 features_app = typer.Typer(no_args_is_help=True, help="The store of computed features: what is in it, is it intact, what may go.")
 app.add_typer(data_app, name="data")
 app.add_typer(features_app, name="features")
+app.add_typer(museformer_app, name="museformer")
 
 @app.callback(invoke_without_command=True)
 def _options(

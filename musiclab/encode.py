@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'BAD', 'SHARD_BYTES', 'read_ahead', 'encode_all', 'check', 'make_shards', 'title', 'make_here', 'Workers',
-           'make_in_workers', 'make_alone']
+           'make_in_workers', 'make_alone', 'make_with_ray']
 
 # %% ../nbs/0_shared/05g_encode.ipynb #90a86e3f
 import multiprocessing as mp
@@ -46,12 +46,12 @@ def encode_all(
     encode: Callable, # its opened encoder: list of what was read -> list of rows
     inputs: Iterable, # what `feature.inputs` gave
 ) -> Iterator[dict[str, np.ndarray] | Exception]: # for each input its row, or why there is none
-    "Read ahead and encode."
-    read, batch = getattr(feature, "read", lambda input: input), getattr(feature, "batch", 1)
+    "Read ahead, where the feature reads at all, and encode."
+    batch, ready = getattr(feature, "batch", 1), read_ahead(feature.read, inputs) if hasattr(feature, "read") else (input for input in inputs)
     def attempt(values: list) -> list:
         try: return [_sane(row) for row in encode(values)] if values else []
         except BAD as error: return [error] if len(values) == 1 else [result for value in values for result in attempt([value])]
-    with closing(read_ahead(read, inputs)) as ready:
+    with closing(ready):
         while values := list(islice(ready, batch)):
             rows = iter(attempt([value for value in values if not isinstance(value, Exception)]))
             for value in values: yield value if isinstance(value, Exception) else next(rows)
@@ -205,3 +205,26 @@ def make_alone(
     if len(keys) == 1: return {keys[0]: Problem(title(inputs[0]), "its process died: out of memory, or a crash in a library")}
     half = len(keys) // 2
     return make_alone(feature, folder, keys[:half], inputs[:half], stop) | make_alone(feature, folder, keys[half:], inputs[half:], stop)
+
+# %% ../nbs/0_shared/05g_encode.ipynb #6c9c26fb
+def make_with_ray(
+    feature, # musiclab.features.Feature; every machine must be able to import it
+    folder: Path, # its shelf, on a disk that all machines share
+    jobs: Iterator[tuple[str, Sequence[str], Sequence]], # name, keys, inputs
+    stop: Callable[[], bool] = lambda: False,
+    tick: Callable[[int], object] = lambda n: None,
+) -> Iterator[tuple[str, dict[str, Problem]]]: # name and problems of each job, in the order in which they end
+    "Make the shards of all jobs as tasks of Ray Data."
+    try: import ray.data
+    except ImportError as error: raise MusiclabError("is not installed", "ray", 'Run pip install "musiclab[ray]", or use processes') from error
+    work = list(jobs)
+    stored = ray.put([(keys, inputs) for _, keys, inputs in work])
+    def make(row: dict) -> dict:
+        keys, inputs = ray.get(stored)[row["id"]]
+        with feature.open("cpu") as encode: problems = make_shards(feature, encode, folder, keys, inputs)
+        return {"id": row["id"], "keys": list(problems), "where": [p.where for p in problems.values()], "reason": [p.reason for p in problems.values()]}
+    for row in ray.data.range(len(work), override_num_blocks=len(work)).map(make).iter_rows():
+        name, keys, _ = work[row["id"]]
+        tick(len(keys))
+        yield name, {key: Problem(*about) for key, *about in zip(row["keys"], row["where"], row["reason"])}
+        check(stop, feature.name)

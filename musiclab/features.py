@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 import numpy as np
 from .core import MusiclabError, Problem, atomic_write, progress, sha256
-from .encode import BAD, Workers, check, encode_all, make_here, make_in_workers, read_ahead, title
+from .encode import BAD, Workers, check, encode_all, make_here, make_in_workers, make_with_ray, read_ahead, title
 from .shards import Claims, Shard, Shelf, Store
 
 # %% ../nbs/0_shared/06_features.ipynb #96df324c
@@ -219,7 +219,7 @@ def prepare(
     tracks: Sequence, # `Tracks`, or a list of `Track`
     store: Path | str | None, # where rows are kept; None: encode on demand, equal to the bit
     device="cpu", # torch.device, or its name, for the features that want one
-    workers: int | None = None, # processes for the others; 0: in this process; None: one for each core
+    workers: int | str | None = None, # processes for the others; 0: in this process; None: one for each core; "ray": a Ray cluster
     rank: int = 0, # which of `world` processes this is; all of them end with all rows
     world: int = 1, # how many do the same work, on one store, at the same time
     stop: Callable[[], bool] = lambda: False, # polled often; when true, `Stopped` is raised, and what was made is kept
@@ -244,7 +244,7 @@ def place_all(
     store: Store,
     inputs: Iterator[tuple[int, int, object]], # what `inputs_of` gives
     problems: dict[int, Problem], # gets the tracks whose inputs cannot be encoded
-    device, workers: int | None, begin: float, stop: Callable[[], bool], # as in `prepare` and `fill`
+    device, workers: int | str | None, begin: float, stop: Callable[[], bool], # as in `prepare` and `fill`
 ) -> tuple[np.ndarray, np.ndarray, list[Shard]]: # ids (sorted), number of shard and row for each, shards
     "Make the rows of one feature that are missing, and find them all."
     digests, shelf = Digests(store.folder/"digests.json"), store.shelf(feature.name, feature.settings)
@@ -260,6 +260,7 @@ def place_all(
             bar = stack.enter_context(progress(desc=f"making {feature.name}", total=lacking, unit=" rows"))
             if feature.where == "device": make = partial(make_here, device=device)
             elif workers == 0: make = partial(make_here, device="cpu")
+            elif workers == "ray": make = make_with_ray
             else: make = partial(make_in_workers, workers=stack.enter_context(Workers(workers or cores())))
             make = partial(make, feature, shelf.folder, stop=stop, tick=bar.update)
             failed = fill(feature, shelf, wanted, input_of, make, begin, bar, stop)

@@ -21,7 +21,7 @@ def notes(
 ) -> np.ndarray: # array of type NOTE, in order of time, then pitch; equal ones keep their order
     "Notes as one structured array."
     array = rows if isinstance(rows, np.ndarray) else np.array([tuple(row) for row in rows], dtype=NOTE)
-    return array[np.lexsort((array["pitch"], array["start"]))]
+    return array[np.argsort(array["start"].astype(np.int64) * 128 + array["pitch"], kind="stable")]
 
 # %% ../nbs/0_shared/02_midi.ipynb #fec3734a
 @dataclass(eq=False)
@@ -217,22 +217,23 @@ def read(
     where = "MIDI data" if isinstance(source, bytes) else str(source)
     try: data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error: raise MidiError(f"cannot be read ({error.strerror})", where) from error
-    ppq, tracks, film, warnings = open_file(data, where)
+    ppq, tracks, warnings = open_file(data, where)
     score, mended = _parse(ppq, tracks, where)
     parts, short = zip(*map(_to_part, score.tracks)) if len(score.tracks) else ((), ())
     parts = [part for part in parts if len(part.notes)]
     song = Song(parts, ppq=score.ticks_per_quarter, warnings=warnings + mended)
     if sum(short): song.warnings.append(f"gave {sum(short)} notes without length one tick")
     if twice := _struck_twice(parts): song.warnings.append(f"{twice} notes begin while their key is still down")
+    if mended and not parts: raise MidiError("damaged beyond repair: no note is left", where)
     if not parts: song.warnings.append("no notes")
     elif song.end > LONGEST * song.ppq or min(part.notes["start"][0] for part in parts) < 0:
         raise MidiError("too long: a delta time must be damaged", where)
-    _read_maps(song, score, [] if film else [(event.time, event.qpm) for event in score.tempos])
+    _read_maps(song, score)
     return song
 
 # %% ../nbs/0_shared/02_midi.ipynb #cc132885
-def _read_maps(song: Song, score, tempos: list[tuple[int, float]]) -> None: # time, keys and words of a symusic Score
-    song.tempos, slow = _tempos(tempos)
+def _read_maps(song: Song, score) -> None: # time, keys and words of a symusic Score
+    song.tempos, slow = _tempos([(event.time, event.qpm) for event in score.tempos])
     last = max((int(part.notes["start"][-1]) for part in song.parts), default=0)
     song.meters, odd = repair_meters([(event.time, event.numerator, event.denominator) for event in score.time_signatures], song.ppq, last)
     song.keys = [(event.time, event.key, event.tonality == 1) for event in score.key_signatures if -7 <= event.key <= 7]

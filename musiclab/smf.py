@@ -45,14 +45,12 @@ def _unwrap(data: bytes, where: str) -> bytes: # what is in a RIFF file, and wha
 def open_file(
     data: bytes, # the file
     where: str, # its name, for errors
-) -> tuple[int, list[bytes], bool, list[str]]: # ticks per quarter note, tracks, whether tempos mean nothing, what was odd
+) -> tuple[int, list[bytes], list[str]]: # ticks per quarter note, tracks, what was odd
     "Walk the chunks of a MIDI file."
     data = _unwrap(data, where)
-    size, kind, announced, division = struct.unpack(">IHHH", data[4:14])
-    film = division >= 0x8000
-    ppq = round((256 - (division >> 8)) * (division & 0xFF) / 2) if film else division
-    if not ppq: raise MidiError("has no ticks per quarter note to count time by", where)
-    tracks, warnings, at = [], ["counted in frames of film: read at 120 quarters a minute"] * film, 8 + size
+    size, kind, announced, ppq = struct.unpack(">IHHH", data[4:14])
+    if ppq == 0 or ppq & 0x8000: raise MidiError("times are not counted in ticks per quarter note", where)
+    tracks, warnings, at = [], [], 8 + size
     while at < len(data):
         tag, length = data[at:at+4], int.from_bytes(data[at+4:at+8], "big")
         if not tag.isalpha():
@@ -65,7 +63,7 @@ def open_file(
         at += 8 + length
     if announced != len(tracks): warnings.append(f"found {len(tracks)} tracks where the header announces {announced}")
     if kind > 2: warnings.append(f"read format {kind} as 1")
-    return min(ppq, 0x7FFF), tracks, film, warnings
+    return ppq, tracks, warnings
 
 def write_file(
     ppq: int, # ticks per quarter note
