@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 import typer
 from . import __version__
 from .commands_museformer import museformer_app
+from .cli_audiocraft import app as audiocraft_app
 from .core import MusiclabError
 
 # %% ../nbs/5_tools/51_cli.ipynb #19352086
@@ -22,6 +23,7 @@ features_app = typer.Typer(no_args_is_help=True, help="The store of computed fea
 app.add_typer(data_app, name="data")
 app.add_typer(features_app, name="features")
 app.add_typer(museformer_app, name="museformer")
+app.add_typer(audiocraft_app, name="audiocraft")
 
 @app.callback(invoke_without_command=True)
 def _options(

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['checkpoint_1', 'codes_1', 'codes_2', 'convert_1', 'data_1', 'decoder_1', 'generate_1', 'model_1', 'sampling_1',
-           'train_1']
+           'train_1', 'audiocraft_1', 'overrides_1', 'package_1', 'clone_1', 'watch_1', 'launch_1', 'cli_audiocraft_1']
 
 # %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #431a6c06
 def checkpoint_1(megabytes) -> None:
@@ -126,3 +126,71 @@ def train_1(guided) -> None:
     assert torch.allclose(guided(yes, no, 1.0), yes), "With g = 1 the result is what the model says with the text."
     assert torch.allclose(guided(yes, no, 0.0), no), "With g = 0 the result is what it says without."
     assert torch.allclose(guided(yes, no, 3.0), torch.tensor([4.0, -2.0])), "With g = 3: three times as far from `without` as the text alone would go."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #bea42566
+def audiocraft_1(silence) -> None:
+    "Exercise of `1_musicgen/17_audiocraft`: silence in a segment."
+    answer = silence(30.0, 0.0)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer == 0, f"A file of 30 s fills a segment that begins at 0; you find {answer} s of silence."
+    assert silence(200.0, 100.0) == 0, "A long file has no silence in the middle: nothing below 0 either."
+    assert abs(silence(30.0, 6.0) - 6) < 1e-9, f"From 6 s on, a file of 30 s has 24 s left, so 6 s are silent; you find {silence(30.0, 6.0)}."
+    assert abs(silence(12.5, 0.0) - 17.5) < 1e-9, "A file of 12.5 s leaves 17.5 s of silence, whatever the start."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #d2a8d20e
+def overrides_1(left) -> None:
+    "Exercise of `1_musicgen/17a_overrides`: old weights in the average."
+    answer = left(500, 10, 0.99)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert abs(answer - 0.99 ** 500) > 1e-6, "That is a step of the average at every update: with every=10 there are 50 of them."
+    assert abs(answer - 0.605) < 1e-3, f"50 steps that keep 0.99 each leave 0.605 of the old weights; you have {answer:.3f}."
+    assert abs(left(500, 1, 0.99) - 0.00657) < 1e-4, "With a step at every update almost nothing is left: decay ** (updates // every)."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #e437f172
+def package_1(worst) -> None:
+    "Exercise of `1_musicgen/17b_package`: what rounding to bf16 costs."
+    import torch
+    state = {"a": torch.tensor([1.0, 1.00390625, -3.0]), "b": torch.tensor([0.02, 0.0])}
+    answer = worst(state)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer == answer, "That is not a number: a weight of exactly 0 has no relative error, leave it out."
+    exact = max(float((w.bfloat16().float() - w).abs().div(w.abs())[w != 0].max()) for w in state.values())
+    assert abs(float(answer) - exact) < 1e-7, f"The largest relative change is {exact:.5f}, you find {float(answer):.5f}: |rounded - weight| / |weight|, the largest of all tensors."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #5f380b4a
+def clone_1(at_least) -> None:
+    "Exercise of `1_musicgen/17c_clone`: comparing versions."
+    answer = at_least("2.13.0+cu130", "2.6")
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer, "2.13 is newer than 2.6: compare lists of numbers, not texts."
+    assert at_least("2.6.0", "2.6"), "2.6.0 is at least 2.6: [2, 6, 0] >= [2, 6]."
+    assert not at_least("2.1.0+cu118", "2.6"), "2.1 is older than 2.6; what follows the + is no part of the version."
+    assert not at_least("1.13", "2.1"), "The first number counts most."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #13c7fa96
+def watch_1(explain) -> None:
+    "Exercise of `1_musicgen/17d_watch`: what an exit status says."
+    assert explain(0) is not None, "The function returns nothing yet: end it with `return …`."
+    for status, text in (0, "ended well"), (3, "failed with 3"), (137, "ended by SIGKILL"), (143, "ended by SIGTERM"), (1, "failed with 1"):
+        assert explain(status) == text, f"{status} means {text!r}, you say {explain(status)!r}: above 128 it is 128 + a signal."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #209931ee
+def launch_1(perplexity) -> None:
+    "Exercise of `1_musicgen/17e_launch`: among how many tokens the model hesitates."
+    line = "Train | Epoch 1 | 10/100 | 2 it/sec | ce 4.310 | lr 1.0E-05"
+    answer = perplexity(line)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert abs(answer - 4.31) > 0.01, "That is the cross-entropy itself: the perplexity is e to the power of it."
+    assert abs(answer - 74.44) < 0.01, f"e to the power of 4.310 is 74.44, you have {answer}: `math.exp`, not a power of 2."
+    assert perplexity("Instantiating solver") is None, "A line that says nothing about progress has no perplexity: read_line gives None."
+    assert perplexity("Generate | Epoch 1 | 1/4 | 0.1 it/sec") is None, "A line without `ce` has none either."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #2991f076
+def cli_audiocraft_1(sweep) -> None:
+    "Exercise of `5_tools/51a_cli_audiocraft`: a loop over step sizes."
+    lines = sweep([1e-5, 3e-5])
+    assert lines is not None, "The function returns nothing yet: end it with `return …`."
+    assert len(lines) == 2 and all("data=crafted" in line for line in lines), "One list of arguments for each rate, each with data=crafted."
+    assert [float(arg.partition("=")[2]) for line in lines for arg in line if arg.startswith("lr=")] == [1e-5, 3e-5], "Each line has its own lr=…"
+    outputs = [arg for line in lines for arg in line if arg.startswith("output=")]
+    assert len(set(outputs)) == 2, "Each run needs an output folder of its own."

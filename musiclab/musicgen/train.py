@@ -95,8 +95,9 @@ def write_model(
     base: str | Path, # the checkpoint that the rest is copied from
     lm: MusicGenLM, # the trained part
     out: str | Path, # a new folder
+    dtype: torch.dtype | None = None, # keep all bits of this format, where the checkpoint has fewer; None keeps the format that each weight had
 ) -> Path: # the folder
-    "Write a whole checkpoint with other weights in its trained part, each in the number format that it had."
+    "Write a whole checkpoint with other weights in its trained part."
     base, out = fetch(base), Path(out)
     if out.exists() and any(out.iterdir()): raise MusiclabError("exists and is not empty", out, "Choose a new folder")
     weights = lm.state_dict()
@@ -106,7 +107,8 @@ def write_model(
             elif file.name.startswith("model"):
                 with safe_open(file, "pt") as stored:
                     tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-                tensors |= {name: weights[name].to(old.dtype).cpu().contiguous() for name, old in tensors.items() if name in weights}
+                kinds = {name: torch.promote_types(old.dtype, dtype) if dtype else old.dtype for name, old in tensors.items() if name in weights}
+                tensors |= {name: weights[name].to(kind).cpu().contiguous() for name, kind in kinds.items()}
                 save_file(tensors, folder/file.name, metadata={"format": "pt"})
     return out
 

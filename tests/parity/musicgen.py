@@ -44,7 +44,7 @@ def check(case: Case) -> Iterator[Row]:
     yield from check_pattern(case, lm, inputs, valid, wanted)
     yield from check_loss(case, lm, (inputs["codes"], valid, states, mask, "audiocraft"), wanted)
     yield from check_greedy(case, lm, inputs["codes"], states, mask, wanted)
-    yield from check_names(case)
+    yield from check_names(case, lm, (inputs["codes"], valid, states, mask, "audiocraft"))
     for name in wanted: yield Row(case.folder.name, f"{name}: not compared", float("nan"), "", False)
 
 
@@ -87,9 +87,14 @@ def check_greedy(case: Case, lm: MusicGenLM, codes: Tensor, states: Tensor, mask
             yield case.same(name + " (step of fixed shape)" * fixed, got, tokens)
 
 
-def check_names(case: Case) -> Iterator[Row]:
+def check_names(case: Case, lm: MusicGenLM, batch: tuple) -> Iterator[Row]:
     theirs = case.tensors("audiocraft_lm")
     ours = {name: weight for name, weight in case.tensors("weights").items() if not name.startswith("text_encoder.")}
-    for quantity, got, wanted in (("to_audiocraft", to_audiocraft(ours), theirs), ("from_audiocraft", from_audiocraft(theirs), ours)):
+    for quantity, got, wanted in (("to_audiocraft", to_audiocraft(ours), theirs), ("from_audiocraft", from_audiocraft(theirs), ours),
+                                  ("there and back", from_audiocraft(to_audiocraft(ours)), ours)):
         wrong = got.keys() ^ wanted.keys() | {name for name in got.keys() & wanted.keys() if not torch.equal(got[name], wanted[name])}
         yield Row(case.folder.name, quantity, float(len(wrong)), "exact", not wrong)
+    before = lm(*batch)[0]
+    lm.load_state_dict({name: torch.full_like(weight, torch.nan) for name, weight in lm.state_dict().items()})
+    lm.load_state_dict(from_audiocraft(theirs))
+    yield case.same("logits of the converted weights", lm(*batch)[0], before)
