@@ -28,7 +28,9 @@ def prepare(
     from musiclab.musicgen import audiocraft
     report = data.check(data.read(where), decode=True)
     for problem in report.problems: typer.echo(f"left out {problem}", err=True)
-    folder = audiocraft.prepare(report.tracks, out, valid, chunk, 1 + stereo, seed)
+    sounds = [row for row, track in enumerate(report.tracks) if track.source and track.source.suffix not in data.MIDI_SUFFIXES]
+    if len(sounds) < len(report.tracks): typer.echo(f"left out {len(report.tracks) - len(sounds)} tracks that hold no sound, only notes or tokens", err=True)
+    folder = audiocraft.prepare(report.tracks.select(sounds), out, valid, chunk, 1 + stereo, seed)
     typer.echo(f"wrote {folder}\n{audiocraft.check(folder)}")
 
 @app.command()

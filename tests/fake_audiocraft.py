@@ -1,4 +1,5 @@
 "A clone of AudioCraft in a dozen small files: its `dora` does what a test wants, its `torch` claims to have a card."
+import sys
 from pathlib import Path
 
 from musiclab.musicgen.clone import NEEDED
@@ -13,9 +14,9 @@ class cuda:
     get_device_properties = staticmethod(lambda number: Card)
 """
 TRAIN = """
-import json, os, pathlib, sys, time
+import hashlib, json, os, pathlib, sys, time
 settings = dict(one.split("=", 1) for one in sys.argv[2:])
-xp = pathlib.Path(os.environ["AUDIOCRAFT_DORA_DIR"]) / "xps" / "0a1b2c3d"
+xp = pathlib.Path(os.environ["AUDIOCRAFT_DORA_DIR"]) / "xps" / hashlib.sha1(repr(sorted(sys.argv[2:])).encode()).hexdigest()[:8]  # other settings, another run: as with dora
 xp.mkdir(parents=True, exist_ok=True)
 past = xp / "history.json"
 history = json.loads(past.read_text()) if past.exists() else []
@@ -48,10 +49,12 @@ def train(per_step: str = "pass") -> str: return TRAIN.replace("PER_STEP", per_s
 def write_clone(folder: Path, dora: str | None = None, torch: str = "2.1.0", numpy: str = "1.26.4", memory: int = 25_000_000_000, without: tuple = ()) -> Path:
     "Files by their names; those in `without` are left out."
     files = {"audiocraft/train.py": "", "config/config.yaml": "", "config/teams/default.yaml": TEAM, ".git/HEAD": "", "dora/__main__.py": dora or train(),
-             "torch/__init__.py": TORCH.format(version=torch, memory=memory), "numpy/__init__.py": f"__version__ = {numpy!r}\n"}
+             "torch/__init__.py": TORCH.format(version=torch, memory=memory), "numpy/__init__.py": f"__version__ = {numpy!r}\n",
+             "bin/python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', "bin/ffmpeg": "#!/bin/sh\n"}
     files |= {f"{name}/__init__.py": "" for name in NEEDED if name != "torch"}
     for name, text in files.items():
         if name in without: continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+        if name.startswith("bin/"): (folder / name).chmod(0o755)
     return folder

@@ -109,9 +109,10 @@ def memory(
 def surroundings(
     craft: Craft, # the settings
     clone: Path, # the clone
+    path: str, # where AudioCraft looks for programs
 ) -> list[Finding]:
     "Programs, the team's file, the output folder and its disk."
-    found = [Finding(name, path) if (path := shutil.which(name)) else Finding(name, "not installed", f"install the program {name}: apt-get install {name}", fatal=True) for name in ("git", "ffmpeg")]
+    found = [Finding(name, place) if (place := shutil.which(name, path=path)) else Finding(name, "not installed", f"install the program {name}: apt-get install {name}", fatal=True) for name in ("git", "ffmpeg")]
     if not (clone/".git").exists(): found.append(Finding("clone", f"{clone} is no git clone", "dora notes the commit of a run: git clone it rather than copy it"))
     team = Path(os.environ.get("AUDIOCRAFT_CONFIG") or clone/"config"/"teams"/f"{craft.team}.yaml")
     try: clusters = yaml.safe_load(team.read_text(encoding="utf-8"))
@@ -148,7 +149,10 @@ def examine(
     findings = [tried("data", data), tried("settings", lambda: f"{len(overrides(craft))} overrides, every key is known"), tried("clone", lambda: str(find_clone(craft.clone)))]
     if findings[-1].fatal: return findings
     clone = find_clone(craft.clone)
-    findings += surroundings(craft, clone)
-    try: told = ask_python(find_python(craft.python, clone), clone)
+    findings.append(tried("python", lambda: find_python(craft.python, clone)))
+    if findings[-1].fatal: return findings
+    python = findings.pop().detail
+    findings += surroundings(craft, clone, environment(craft, python)["PATH"])
+    try: told = ask_python(python, clone)
     except MusiclabError as error: return [*findings, Finding("python", f"{error.where}: {error.what}", error.fix, fatal=True)]
     return findings + versions(told) + ([memory(craft, told["cards"])] if "cards" in told else [])

@@ -5,7 +5,7 @@ __all__ = ['COLOUR', 'STEP', 'ENDINGS', 'command', 'as_typed', 'read_line', 'epo
            'launch']
 
 # %% ../../nbs/1_musicgen/17e_launch.ipynb #ee582c74
-import fcntl, json, os, re, shlex, subprocess, sys, time
+import json, os, re, shlex, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +63,21 @@ class Follower:
     def __init__(self,
         craft: Craft, # the settings
     ):
-        self.craft, self.since, self.folder, self.log, self.at, self.epochs = craft, time.time(), None, None, 0, 0
-        self.before = {path.parent: len(epochs_in(path.parent)) for path in Path(craft.output).glob("xps/*/history.json")}
+        self.craft, self.folder, self.log, self.at, self.epochs, self.step = craft, None, None, 0, 0, 0
+        self.before = {log: (log.stat().st_size, len(epochs_in(log.parent))) for log in self.logs()} # what earlier launches have left
         self.bar = progress(desc="AudioCraft", total=craft.epochs * craft.updates, unit="step")
 
+    def logs(self) -> list[Path]:
+        "The logs of all runs in the output folder."
+        return sorted(Path(self.craft.output).glob("xps/*/solver.log.0"))
+
     def find(self) -> bool:
-        "Look for the run's folder: that whose log is written to."
-        logs = [log for log in Path(self.craft.output).glob("xps/*/solver.log.0") if log.stat().st_mtime >= self.since - 1]
-        if not logs: return False
-        self.folder = max(logs, key=lambda path: path.stat().st_mtime).parent
-        self.epochs = self.before.get(self.folder, 0)
-        self.bar.update(self.epochs * self.craft.updates)
+        "Look for the run's folder: that whose log grows."
+        grown = [log for log in self.logs() if log.stat().st_size > self.before.get(log, (0, 0))[0]]
+        if not grown: return False
+        self.folder = grown[0].parent
+        self.at, self.epochs = self.before.get(grown[0], (0, 0))
+        self.advance(self.epochs * self.craft.updates)
         self.log = Log(Path(self.craft.output)/"logs", self.craft.trackers, self.epochs * self.craft.updates, self.craft.model_dump())
         return True
 
@@ -87,18 +91,23 @@ class Follower:
         self.at += len(whole)
         for stage, epoch, done, total, numbers in filter(None, map(read_line, whole.decode(errors="replace").splitlines())):
             step = (epoch - 1) * self.craft.updates + done
-            if stage != "train" or step <= self.bar.n: continue
+            if stage != "train" or step <= self.step: continue
             self.finish(epoch - 1)
-            self.bar.update(step - self.bar.n)
+            self.advance(step)
             if "ce" in numbers: self.bar.set_postfix(loss=f"{numbers['ce']:.3f}")
             self.log.write(step, **numbers)
         self.finish()
+
+    def advance(self, step: int) -> None:
+        "Move the bar."
+        self.bar.update(max(0, step - self.step))
+        self.step = max(step, self.step)
 
     def finish(self, last: int | None = None) -> None:
         "Write down the averages of the epochs that are done, up to the last."
         for epoch, stages in enumerate(epochs_in(self.folder)[self.epochs:last], self.epochs + 1):
             self.epochs = epoch
-            self.bar.update(max(0, epoch * self.craft.updates - self.bar.n))
+            self.advance(epoch * self.craft.updates)
             self.log.write(epoch * self.craft.updates, epoch=epoch, **{f"{stage}_epoch": numbers for stage, numbers in stages.items()})
 
     def close(self) -> None:
@@ -128,7 +137,8 @@ def failure(
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 20_000))
         lines = [line for line in COLOUR.sub("", file.read().decode(errors="replace")).splitlines() if line.strip()]
-    last, tail = (lines or ["it printed nothing"])[-1].strip()[:300], "\n".join(lines[-60:])
+    named = [line for line in lines[-60:] if re.match(r"[\w.]*(Error|Exception|Value)\b", line)] # what follows the name of an exception may be many lines
+    last, tail = (named or lines or ["it printed nothing"])[-1].strip()[:300], "\n".join(lines[-60:])
     fix = next((advice for pattern, advice in ENDINGS.items() if re.search(pattern, tail)), "The log has the rest; the same command goes on from the last finished epoch")
     if status == 137: return MusiclabError("was killed (SIGKILL), most often because the machine ran out of memory", log, "Set workers=0 or a smaller batch_size; the same command goes on from the last finished epoch")
     how = f"was ended by signal {status - 128}" if status > 128 else f"failed with status {status}"
@@ -147,6 +157,7 @@ def alone(
     folder: Path, # an output folder
 ):
     "Make sure that nobody else launches into this folder meanwhile."
+    import fcntl # not on Windows, where AudioCraft does not run either
     with (folder/"launch.lock").open("w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise MusiclabError("another launch is running in this folder", folder, "Wait for it, stop it, or choose another output") from None

@@ -33,7 +33,7 @@ def settings(crafted, tmp_path):
     "Settings for a clone that is made with these changes."
     def make(changes=None, **clone):
         write_clone(tmp_path / "clone", **clone)
-        return Craft(**dict(data=str(crafted), clone=str(tmp_path / "clone"), python=sys.executable, output=str(tmp_path / "run"), epochs=2, updates=4, trackers=[]) | (changes or {}))
+        return Craft(**dict(data=str(crafted), clone=str(tmp_path / "clone"), python=str(tmp_path / "clone/bin/python"), output=str(tmp_path / "run"), epochs=2, updates=4, trackers=[]) | (changes or {}))
     return make
 
 
@@ -74,6 +74,11 @@ def test_every_reason_is_named(settings, clone, changes, what, says):
     assert (says in found[what]) if what else not found
 
 
+def test_missing_programs_are_named(settings, tmp_path, monkeypatch):
+    craft = settings(without=("bin/ffmpeg",))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert {"git", "ffmpeg"} <= fatal(craft).keys()
+
 def test_a_torch_that_breaks_is_named(settings, tmp_path):
     craft = settings()
     (tmp_path / "clone/torch/__init__.py").write_text("raise OSError('libcudart.so.11.0: cannot open shared object file')")
@@ -100,15 +105,17 @@ def test_a_user_is_always_named(settings, monkeypatch):
 
 
 def test_a_run_is_followed_to_its_end_and_goes_on(settings, tmp_path):
-    craft = settings()
-    ended = launch(craft)
-    assert (ended.epochs, ended.stopped, ended.folder.name) == (2, None, "0a1b2c3d")
+    craft = settings({"epochs": 4}, dora=train("if (epoch, step) == (3, 1): sys.exit(1)"))
+    with pytest.raises(MusiclabError, match="status 1"): launch(craft)
     records = read_log(tmp_path / "run/logs/log.jsonl")
-    assert [record["step"] for record in records if "ce" in record] == [*range(1, 9)] and [record["valid_epoch"]["ce"] for record in records if "epoch" in record] == pytest.approx([3.1, 2.1])
-    assert launch(craft.model_copy(update={"epochs": 4})).epochs == 4
+    assert [record["step"] for record in records if "ce" in record] == [*range(1, 11)] and [record["valid_epoch"]["ce"] for record in records if "epoch" in record] == pytest.approx([3.1, 2.1])
+    write_clone(tmp_path / "clone")
+    ended = launch(craft)
+    assert (ended.epochs, ended.stopped) == (4, None) and "starting with 2 epochs" in (tmp_path / "run/launch.log").read_text()
     records = read_log(tmp_path / "run/logs/log.jsonl")
     assert [record["step"] for record in records if "ce" in record] == [*range(1, 17)] and [record["epoch"] for record in records if "epoch" in record] == [1, 2, 3, 4]
-    assert "starting with 2 epochs" in (tmp_path / "run/launch.log").read_text()
+    other = launch(craft.model_copy(update={"epochs": 1}))
+    assert other.epochs == 1 and other.folder != ended.folder and read_log(tmp_path / "run/logs/log.jsonl")[-1]["step"] == 4
 
 
 def test_curves_reach_tensorboard(settings, tmp_path):
