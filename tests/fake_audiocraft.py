@@ -16,7 +16,8 @@ class cuda:
 TRAIN = """
 import hashlib, json, os, pathlib, sys, time
 settings = dict(one.split("=", 1) for one in sys.argv[2:])
-xp = pathlib.Path(os.environ["AUDIOCRAFT_DORA_DIR"]) / "xps" / hashlib.sha1(repr(sorted(sys.argv[2:])).encode()).hexdigest()[:8]  # other settings, another run: as with dora
+# other settings, another run: as with dora
+xp = pathlib.Path(os.environ["AUDIOCRAFT_DORA_DIR"]) / "xps" / hashlib.sha1(repr(sorted(sys.argv[2:])).encode()).hexdigest()[:8]
 xp.mkdir(parents=True, exist_ok=True)
 past = xp / "history.json"
 history = json.loads(past.read_text()) if past.exists() else []
@@ -46,7 +47,8 @@ time.sleep(120)
 
 def train(per_step: str = "pass") -> str: return TRAIN.replace("PER_STEP", per_step)
 
-def write_clone(folder: Path, dora: str | None = None, torch: str = "2.1.0", numpy: str = "1.26.4", memory: int = 25_000_000_000, without: tuple = ()) -> Path:
+def write_clone(folder: Path, dora: str | None = None, torch: str = "2.1.0", numpy: str = "1.26.4", memory: int = 25_000_000_000,
+                without: tuple = ()) -> Path:
     "Files by their names; those in `without` are left out."
     files = {"audiocraft/train.py": "", "config/config.yaml": "", "config/teams/default.yaml": TEAM, ".git/HEAD": "", "dora/__main__.py": dora or train(),
              "torch/__init__.py": TORCH.format(version=torch, memory=memory), "numpy/__init__.py": f"__version__ = {numpy!r}\n",

@@ -4,7 +4,7 @@
 __all__ = ['PARTS', 'WORDS', 'facts', 'Pieces', 'pieces', 'prepare', 'check_words', 'check_line', 'Inspection', 'check']
 
 # %% ../../nbs/1_musicgen/17_audiocraft.ipynb #67d85786
-import json, os, re, tempfile
+import json, re, tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -9,7 +9,7 @@ import yaml
 from musiclab import data
 from musiclab.audio import probe
 from musiclab.core import MusiclabError
-from musiclab.musicgen.audiocraft import PARTS, WORDS, check, facts, pieces, prepare
+from musiclab.musicgen.audiocraft import PARTS, check, facts, pieces, prepare
 from musiclab.musicgen.convert import from_audiocraft
 from musiclab.musicgen.generate import generate
 from musiclab.musicgen.overrides import Craft, dataset_yaml, defaults, overrides, spelled
@@ -72,7 +72,8 @@ def test_pieces_are_equal_and_lose_nothing(songs):
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("rock, 145 bpm, A key", {"bpm": 145, "key": "A"}), ("Slow, 60.5 BPM, in Bb minor.", {"bpm": 60.5, "key": "Bb minor"}), ("a key moment, A major hit", {}), ("", {})])
+    ("rock, 145 bpm, A key", {"bpm": 145, "key": "A"}),
+    ("Slow, 60.5 BPM, in Bb minor.", {"bpm": 60.5, "key": "Bb minor"}), ("a key moment, A major hit", {}), ("", {})])
 def test_tempo_and_key_are_found_in_the_words(text, wanted): assert facts(data.Track("x", caption=text)) == wanted
 
 
@@ -101,8 +102,8 @@ def damage(folder: Path, what: str) -> str:
     return "trained on and validated on"
 
 
-@pytest.mark.parametrize("what", ["no json", "broken json", "no object", "missing field", "wrong type", "no words", "no sound", "relative path", "no path", "duration", "rate",
-                                  "broken line", "no manifest", "empty manifest", "leak"])
+@pytest.mark.parametrize("what", ["no json", "broken json", "no object", "missing field", "wrong type", "no words", "no sound", "relative path",
+                                  "no path", "duration", "rate", "broken line", "no manifest", "empty manifest", "leak"])
 def test_every_damage_is_named(songs, tmp_path, what):
     folder = prepare(songs, tmp_path / "crafted")
     hint = damage(folder, what)
@@ -127,14 +128,16 @@ def test_overrides_are_as_expected(case):
     assert {one.partition("=")[0] for one in made} <= {*defaults(), "solver", "model/lm/model_scale", "conditioner", "dset"}
 
 
-@pytest.mark.parametrize("extra, hint", [("optim.lrr=1", "optim.lr'"), ("lr=1", "optim.lr'"), ("optim.lr=fast", "a number"), ("autocast=1", "bool"), ("dataset=x", "no setting"),
-                                         ("fuser.cross=description", "list"), ("optim.epochs=true", "a number"), ("nonsense", "key=value")])
+@pytest.mark.parametrize("extra, hint", [
+    ("optim.lrr=1", "optim.lr'"), ("lr=1", "optim.lr'"), ("optim.lr=fast", "a number"), ("autocast=1", "bool"), ("dataset=x", "no setting"),
+    ("fuser.cross=description", "list"), ("optim.epochs=true", "a number"), ("nonsense", "key=value")])
 def test_a_wrong_override_is_named(extra, hint):
     with pytest.raises(MusiclabError, match=hint): overrides(Craft(data="x", extra=[extra]))
 
 
-@pytest.mark.parametrize("value, text", [(None, "null"), (True, "true"), (3, "3"), (1e-5, "1e-05"), ("a b", "'a b'"), ("true", "'true'"), ("12", "'12'"), ("", "''"), ("a'b", r"'a\'b'"),
-                                         ("end\\", r"'end\\'"), ([1, "x,y"], "[1,'x,y']"), ("//pretrained//data/x", "//pretrained//data/x"), ("/歌", "'/歌'")])
+@pytest.mark.parametrize("value, text", [
+    (None, "null"), (True, "true"), (3, "3"), (1e-5, "1e-05"), ("a b", "'a b'"), ("true", "'true'"), ("12", "'12'"), ("", "''"), ("a'b", r"'a\'b'"),
+    ("end\\", r"'end\\'"), ([1, "x,y"], "[1,'x,y']"), ("//pretrained//data/x", "//pretrained//data/x"), ("/歌", "'/歌'")])
 def test_values_are_spelled_for_hydra(value, text): assert spelled(value) == text
 
 
@@ -207,4 +210,5 @@ def test_what_does_not_fit_is_refused(tiny, wide, tmp_path):
 
 
 def test_from_audiocraft_refuses_other_models():
-    with pytest.raises(MusiclabError, match="another kind of model"): from_audiocraft({"condition_provider.conditioners.self_wav.output_proj.weight": torch.zeros(1)})
+    with pytest.raises(MusiclabError, match="another kind of model"):
+        from_audiocraft({"condition_provider.conditioners.self_wav.output_proj.weight": torch.zeros(1)})

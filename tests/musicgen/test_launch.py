@@ -33,7 +33,8 @@ def settings(crafted, tmp_path):
     "Settings for a clone that is made with these changes."
     def make(changes=None, **clone):
         write_clone(tmp_path / "clone", **clone)
-        return Craft(**dict(data=str(crafted), clone=str(tmp_path / "clone"), python=str(tmp_path / "clone/bin/python"), output=str(tmp_path / "run"), epochs=2, updates=4, trackers=[]) | (changes or {}))
+        paths = dict(data=str(crafted), clone=str(tmp_path / "clone"), python=str(tmp_path / "clone/bin/python"), output=str(tmp_path / "run"))
+        return Craft(**paths | dict(epochs=2, updates=4, trackers=[]) | (changes or {}))
     return make
 
 
@@ -104,16 +105,22 @@ def test_a_user_is_always_named(settings, monkeypatch):
     assert any(finding.what == "USER" for finding in examine(settings()))
 
 
+def recorded(folder: Path) -> tuple[list[int], list[dict]]:
+    "The steps whose loss stands in the log, and the records of epochs."
+    records = read_log(folder / "logs/log.jsonl")
+    return [record["step"] for record in records if "ce" in record], [record for record in records if "epoch" in record]
+
+
 def test_a_run_is_followed_to_its_end_and_goes_on(settings, tmp_path):
     craft = settings({"epochs": 4}, dora=train("if (epoch, step) == (3, 1): sys.exit(1)"))
     with pytest.raises(MusiclabError, match="status 1"): launch(craft)
-    records = read_log(tmp_path / "run/logs/log.jsonl")
-    assert [record["step"] for record in records if "ce" in record] == [*range(1, 11)] and [record["valid_epoch"]["ce"] for record in records if "epoch" in record] == pytest.approx([3.1, 2.1])
+    steps, epochs = recorded(tmp_path / "run")
+    assert steps == [*range(1, 11)] and [epoch["valid_epoch"]["ce"] for epoch in epochs] == pytest.approx([3.1, 2.1])
     write_clone(tmp_path / "clone")
     ended = launch(craft)
     assert (ended.epochs, ended.stopped) == (4, None) and "starting with 2 epochs" in (tmp_path / "run/launch.log").read_text()
-    records = read_log(tmp_path / "run/logs/log.jsonl")
-    assert [record["step"] for record in records if "ce" in record] == [*range(1, 17)] and [record["epoch"] for record in records if "epoch" in record] == [1, 2, 3, 4]
+    steps, epochs = recorded(tmp_path / "run")
+    assert steps == [*range(1, 17)] and [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4]
     other = launch(craft.model_copy(update={"epochs": 1}))
     assert other.epochs == 1 and other.folder != ended.folder and read_log(tmp_path / "run/logs/log.jsonl")[-1]["step"] == 4
 
