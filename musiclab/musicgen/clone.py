@@ -32,7 +32,8 @@ def find_python(
     places = [given] if given else [clone/".venv/bin/python", clone/"venv/bin/python", clone/".conda/bin/python", shutil.which("python")]
     for place in filter(None, places):
         if found := shutil.which(os.path.expanduser(place)): return os.path.abspath(found)
-    raise MusiclabError("is no program" if given else "no Python was found for AudioCraft", given or "python", "Say which with python=…/bin/python, of the environment that AudioCraft is installed in")
+    raise MusiclabError("is no program" if given else "no Python was found for AudioCraft", given or "python",
+                        "Say which with python=…/bin/python, of the environment that AudioCraft is installed in")
 
 # %% ../../nbs/1_musicgen/17c_clone.ipynb #f26516f3
 NEEDED = ("torch", "torchaudio", "dora", "flashy", "hydra", "omegaconf", "einops", "julius", "av", "transformers", "xformers", "spacy", "demucs", "pesq", "pystoi")
@@ -58,7 +59,9 @@ def ask_python(
     try: run = subprocess.run([python, "-c", PROBE], cwd=clone, env=own_environment(), capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired) as error: raise MusiclabError(f"gives no answer ({error})", python, "Is it the Python of AudioCraft's environment?") from error
     try: return json.loads(run.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError): raise MusiclabError(f"gives no answer: {(run.stderr.strip().splitlines() or ['nothing'])[-1]}", python, "Is it the Python of AudioCraft's environment?") from None
+    except (ValueError, IndexError):
+        said = (run.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise MusiclabError(f"gives no answer: {said}", python, "Is it the Python of AudioCraft's environment?") from None
 
 def own_environment() -> dict[str, str]:
     "The variables of this process, without those that would lead another Python to our packages."
@@ -80,12 +83,15 @@ def versions(
     told: dict, # the answer of `ask_python`
 ) -> list[Finding]:
     "Whether these versions work together."
-    if "broken" in told: return [Finding("torch", f"cannot be loaded: {told['broken']}", "pip install torch==2.1.0 torchaudio==2.1.0 torchvision==0.16.0 in AudioCraft's environment", fatal=True)]
+    right = "pip install torch==2.1.0 torchaudio==2.1.0 torchvision==0.16.0 in AudioCraft's environment"
+    if "broken" in told: return [Finding("torch", f"cannot be loaded: {told['broken']}", right, fatal=True)]
     torch, numpy, python = ([int(part) for part in re.findall(r"\d+", told[name])[:2]] for name in ("torch", "numpy", "python"))
     found = [Finding("python", told["python"], "torch 2.1.0 exists for Python 3.8 to 3.11 only" if python >= [3, 12] else "")]
     if torch == [2, 1]: found.append(Finding("torch", told["torch"]))
-    elif torch >= [2, 6]: found.append(Finding("torch", f"{told['torch']}, where AudioCraft is written for 2.1.0", "it may work; launch sets TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, without which resuming and exporting fail since 2.6"))
-    else: found.append(Finding("torch", f"{told['torch']}, where AudioCraft is written for 2.1.0", "it may work; if not: pip install torch==2.1.0 torchaudio==2.1.0 torchvision==0.16.0"))
+    else:
+        other = f"{told['torch']}, where AudioCraft is written for 2.1.0"
+        flag = "launch sets TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, without which resuming and exporting fail since 2.6"
+        found.append(Finding("torch", other, f"it may work; {flag if torch >= [2, 6] else f'if not: {right}'}"))
     if numpy >= [2] and torch < [2, 3]: found.append(Finding("numpy", f"{told['numpy']} does not work with torch {told['torch']}", "pip install 'numpy<2'", fatal=True))
     if told["missing"]: found.append(Finding("packages", f"missing: {', '.join(told['missing'])}", "pip install -e . in the clone, with the Python of its environment", fatal=True))
     return found
@@ -103,7 +109,8 @@ def memory(
     if need < room: return Finding("card", text)
     fits = max((n for n in range(1, share.batch_size) if gigabytes(craft.model_copy(update={"batch_size": n})) < room), default=0)
     lighter = gigabytes(craft.model_copy(update={"batch_size": 1, "recompute": True})) < room
-    return Finding("card", text, f"batch_size={fits * count} would fit" if fits else "batch_size=1 recompute=true would fit" if lighter else "no batch fits: take a smaller scale, or LoRA (musiclab train musicgen_lora)")
+    if fits: return Finding("card", text, f"batch_size={fits * count} would fit")
+    return Finding("card", text, "batch_size=1 recompute=true would fit" if lighter else "no batch fits: take a smaller scale, or LoRA (musiclab train musicgen_lora)")
 
 # %% ../../nbs/1_musicgen/17c_clone.ipynb #64b0be24
 def surroundings(
@@ -112,13 +119,17 @@ def surroundings(
     path: str, # where AudioCraft looks for programs
 ) -> list[Finding]:
     "Programs, the team's file, the output folder and its disk."
-    found = [Finding(name, place) if (place := shutil.which(name, path=path)) else Finding(name, "not installed", f"install the program {name}: apt-get install {name}", fatal=True) for name in ("git", "ffmpeg")]
+    found = []
+    for name in ("git", "ffmpeg"):
+        place = shutil.which(name, path=path)
+        found.append(Finding(name, place) if place else Finding(name, "not installed", f"install the program {name}: apt-get install {name}", fatal=True))
     if not (clone/".git").exists(): found.append(Finding("clone", f"{clone} is no git clone", "dora notes the commit of a run: git clone it rather than copy it"))
     team = Path(os.environ.get("AUDIOCRAFT_CONFIG") or clone/"config"/"teams"/f"{craft.team}.yaml")
     try: clusters = yaml.safe_load(team.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError): clusters = None
     lacking = [key for key in ("dora_dir", "partitions", "reference_dir") if key not in ((clusters or {}).get("default") or {})] if isinstance(clusters or {}, dict) else ["default"]
-    if lacking: found.append(Finding("team", f"{team} {'lacks ' + ', '.join(lacking) if clusters else 'is missing or cannot be read'}", "take team=default, or write that file: default: {dora_dir: …, partitions: {global: …, team: …}, reference_dir: …}", fatal=True))
+    if lacking: found.append(Finding("team", f"{team} {'lacks ' + ', '.join(lacking) if clusters else 'is missing or cannot be read'}",
+                                     "take team=default, or write that file: default: {dora_dir: …, partitions: {global: …, team: …}, reference_dir: …}", fatal=True))
     else: found.append(Finding("team", f"{craft.team}, {team}"))
     if not os.environ.get("USER"): found.append(Finding("USER", "is not set", "nothing to do: launch sets it"))
     output = Path(os.path.abspath(craft.output))

@@ -150,7 +150,8 @@ def failure(
     named = [line for line in lines[-60:] if re.match(r"[\w.]*(Error|Exception|Value)\b", line)] # what follows the name of an exception may be many lines
     last, tail = (named or lines or ["it printed nothing"])[-1].strip()[:300], "\n".join(lines[-60:])
     fix = next((advice for pattern, advice in ENDINGS.items() if re.search(pattern, tail)), "The log has the rest; the same command goes on from the last finished epoch")
-    if status == 137: return MusiclabError("was killed (SIGKILL), most often because the machine ran out of memory", log, "Set workers=0 or a smaller batch_size; the same command goes on from the last finished epoch")
+    if status == 137: return MusiclabError("was killed (SIGKILL), most often because the machine ran out of memory", log,
+                                           "Set workers=0 or a smaller batch_size; the same command goes on from the last finished epoch")
     how = f"was ended by signal {status - 128}" if status > 128 else f"failed with status {status}"
     return MusiclabError(f"AudioCraft {how}: {last}", log, fix)
 
@@ -188,7 +189,8 @@ def launch(
     watchman = [sys.executable, "-I", watch.__file__, str(patience)]
     with alone(output), Stop() as stop, log.open("wb") as printed:
         follower = Follower(craft.model_copy(update={"output": str(output)}))
-        child = subprocess.Popen([*watchman, *command(craft, python)], cwd=clone, env=environment(craft, python), stdin=subprocess.PIPE, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen([*watchman, *command(craft, python)], cwd=clone, env=environment(craft, python), stdin=subprocess.PIPE,
+                                 stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while child.poll() is None and not stop:
                 follower.look()

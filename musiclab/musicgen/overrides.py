@@ -117,10 +117,12 @@ def values(
     made = {"solver": "musicgen/musicgen_base_32khz", "model/lm/model_scale": craft.scale, "conditioner": "text2music", "continue_from": beginning(craft.model), "dset": "audio/example"}
     made |= {f"datasource.{part}": f"{data}/{part}" for part in ("train", "valid", "evaluate", "generate")}
     made |= {"compression_model_checkpoint": os.path.abspath(codec) if Path(codec).is_file() else f"//pretrained/{codec}", "seed": craft.seed,
-             "dataset.batch_size": craft.batch_size, "dataset.num_workers": craft.workers, "dataset.segment_duration": craft.seconds, "dataset.train.num_samples": craft.batch_size * craft.updates}
+             "dataset.batch_size": craft.batch_size, "dataset.num_workers": craft.workers, "dataset.segment_duration": craft.seconds,
+             "dataset.train.num_samples": craft.batch_size * craft.updates}
     made |= {f"dataset.{part}.num_samples": count for part, count in (("valid", craft.validate_songs), ("evaluate", craft.validate_songs), ("generate", craft.play_songs))}
     made |= {"optim.epochs": craft.epochs, "optim.updates_per_epoch": craft.updates, "optim.optimizer": craft.optimizer, "optim.lr": craft.lr, "schedule.lr_scheduler": "cosine",
-             "schedule.cosine.warmup": min(craft.warmup, craft.epochs * craft.updates // 2), "optim.ema.use": craft.ema, "optim.ema.updates": craft.ema_every, "optim.ema.decay": craft.ema_decay}
+             "schedule.cosine.warmup": min(craft.warmup, craft.epochs * craft.updates // 2), "optim.ema.use": craft.ema,
+             "optim.ema.updates": craft.ema_every, "optim.ema.decay": craft.ema_decay}
     made |= {"autocast": craft.precision != "fp32"} | ({} if craft.precision == "fp32" else {"autocast_dtype": {"bf16": "bfloat16", "fp16": "float16"}[craft.precision]})
     made |= {"classifier_free_guidance.training_dropout": craft.condition_dropout, "transformer_lm.checkpointing": "torch" if craft.recompute else "none",
              "generate.every": craft.play_every or craft.epochs, "evaluate.every": craft.epochs, "checkpoint.save_every": None, "logging.log_updates": min(100, craft.updates)}

@@ -115,7 +115,9 @@ def read_state(
     whole = read_pickle(file)
     if not isinstance(whole, Mapping) or "best_state" not in whole: raise MusiclabError("is not a checkpoint of AudioCraft: it has no best_state", file)
     if whole.get("exported") or "xp.cfg" in whole and "model" not in whole: found = {"best": whole["best_state"]}
-    else: found = {"best": (whole.get("fsdp_best_state") or whole["best_state"] or {}).get("model"), "last": whole.get("model"), "ema": ((whole.get("ema") or {}).get("state") or {}).get("model")}
+    else:
+        best, ema = whole.get("fsdp_best_state") or whole["best_state"] or {}, (whole.get("ema") or {}).get("state") or {}
+        found = {"best": best.get("model"), "last": whole.get("model"), "ema": ema.get("model")}
     if not (state := found.get(which)): raise MusiclabError(f"holds no state {which!r}", file, f"There is: {', '.join(name for name, there in found.items() if there) or 'none'}")
     return dict(state)
 

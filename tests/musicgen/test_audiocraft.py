@@ -212,3 +212,26 @@ def test_what_does_not_fit_is_refused(tiny, wide, tmp_path):
 def test_from_audiocraft_refuses_other_models():
     with pytest.raises(MusiclabError, match="another kind of model"):
         from_audiocraft({"condition_provider.conditioners.self_wav.output_proj.weight": torch.zeros(1)})
+
+
+def test_the_commands_lead_there_and_back(tiny, tmp_path):
+    "From songs to AudioCraft, and from a finished run to a model that plays and is evaluated."
+    from tests.test_cli import run
+    def done(*args):
+        status, text = run(*args)
+        assert status == 0, text
+        return text
+    songs = write_songs(tmp_path / "songs", 3, seconds=3.5, text="calm piano, 72 bpm")
+    assert "no problems" in done("audiocraft", "prepare", songs, tmp_path / "crafted") and "no problems" in done("audiocraft", "check", tmp_path / "crafted")
+    package = tmp_path / "start"
+    done("audiocraft", "convert", tiny, package)
+    command = done("audiocraft", "config", f"data={tmp_path}/crafted", f"model={package}", "batch_size=2", "--dataset", tmp_path / "mine.yaml")
+    assert f"continue_from=//pretrained/{package}" in command and "dataset.batch_size=2" in command and "datasource" in (tmp_path / "mine.yaml").read_text()
+    state = {name: weight + 0.01 for name, weight in read_state(package).items()}
+    (tmp_path / "run/xps/0a1b2c3d").mkdir(parents=True)
+    torch.save({"best_state": {"model": state}, "model": state}, tmp_path / "run/xps/0a1b2c3d/checkpoint.th")
+    done("audiocraft", "convert", tmp_path / "run", tmp_path / "mine", "--base", tiny, "--state", "last")
+    done("generate", "--model", tmp_path / "mine", "--prompt", "piano", "--seconds", 3.5, "--out", tmp_path / "made/one.wav")
+    done("evaluate", songs, tmp_path / "made", "--out", tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert run("audiocraft", "check", tmp_path / "nowhere")[0] == 1 and run("audiocraft", "doctor", f"data={tmp_path}/crafted", "clone=/nowhere")[0] == 1
