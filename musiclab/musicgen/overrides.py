@@ -34,7 +34,8 @@ def check_override(
     known = defaults()
     if key in GROUPS: return
     if key not in known:
-        close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, [*known, *GROUPS], n=1)
+        last = key.rpartition(".")[2]
+        close = [name for name in known for end in (last, config.ELSEWHERE.get(last)) if name.endswith(f".{end}")] or difflib.get_close_matches(key, [*known, *GROUPS], n=1)
         raise MusiclabError(f"AudioCraft has no setting {key!r}", "config", f"Did you mean {close[0]!r}?" if close else "See config/audiocraft_keys.txt for all of them")
     wanted, kinds = known[key], {bool: bool, int: (int, float), float: (int, float), str: str, list: list, dict: dict}
     if wanted is None or value is None: return
