@@ -31,7 +31,7 @@ class Family:
 
 # %% ../nbs/5_tools/50_recipes.ipynb #58eac5f1
 FAMILIES = {
-    "musicgen": Family("MusicGen (text to music, EnCodec tokens)", ("musicgen",), "musiclab.musicgen.train:MusicGenConfig",
+    "musicgen": Family("MusicGen (text to music, EnCodec tokens)", ("musicgen",), "musiclab.musicgen.settings:MusicGenConfig",
                        "musiclab.musicgen.train:MusicGenTask", "musiclab.musicgen.checkpoint:tiny_checkpoint", "musiclab.musicgen.generate:generate", "musiclab.musicgen.train:merge"),
 }
 

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['checkpoint_1', 'codes_1', 'codes_2', 'convert_1', 'data_1', 'decoder_1', 'generate_1', 'model_1', 'sampling_1',
-           'train_1', 'audiocraft_1', 'overrides_1', 'package_1', 'clone_1', 'watch_1', 'launch_1', 'cli_audiocraft_1']
+           'settings_1', 'train_1', 'audiocraft_1', 'overrides_1', 'package_1', 'clone_1', 'watch_1', 'launch_1',
+           'cli_audiocraft_1']
 
 # %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #431a6c06
 def checkpoint_1(megabytes) -> None:
@@ -116,6 +117,16 @@ def sampling_1(repeats) -> None:
     assert abs(float(share) - 0.75) > 1e-6, "A frame repeats when *all* its codebooks do: use all(0), not any(0)."
     assert abs(float(share) - 0.4) > 1e-6, "Divide by the frames from the second on, here 4."
     assert abs(float(share) - 0.5) < 1e-6, f"Two of four frames repeat the one before, 0.5; you have {float(share)}."
+
+# %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #setcd001
+def settings_1(wasted) -> None:
+    "Exercise of `1_musicgen/14d_settings`: the attention that filling takes."
+    import numpy as np
+    answer = wasted(np.array([2.0, 1.0]), 4)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert 0 < answer < 1, f"A part of the attention lies between 0 and 1; you have {answer}."
+    assert wasted(np.array([2.0, 1.0]), 0) == 0, "Without filling nothing is wasted."
+    assert abs(answer - 4 / (np.exp(2) + np.exp(1) + 4)) < 1e-6, f"Each empty place counts e⁰ = 1 beside e² and e¹; you have {answer:.3f}."
 
 # %% ../../nbs/5_tools/53f_checks_musicgen.ipynb #615c66aa
 def train_1(guided) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from musiclab import compose, recipes
 from musiclab.log import read_log
 from musiclab.musicgen.checkpoint import tiny_checkpoint
-from musiclab.musicgen.train import MusicGenConfig, MusicGenTask
+from musiclab.musicgen.settings import MusicGenConfig
+from musiclab.musicgen.train import MusicGenTask
 from musiclab.train import fit
 
 
