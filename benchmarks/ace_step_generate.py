@@ -168,10 +168,10 @@ def processor() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[30.0], help="lengths of the song")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[20.0], help="lengths of the song")
     parser.add_argument("--tags", type=int, default=40)
     parser.add_argument("--lyrics", type=int, default=400, help="ids")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

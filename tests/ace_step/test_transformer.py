@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from musiclab.ace_step import lyric_encoder
 from musiclab.ace_step.attention import CrossAttention, SelfAttention, linear_attention, places
 from musiclab.ace_step.checkpoint import TINY
+from musiclab.ace_step.lyric_encoder import LyricEncoder
 from musiclab.ace_step.transformer import Conditions, Config, Transformer, open_transformer
 from musiclab.layers import linears, quantize
 
@@ -173,6 +175,16 @@ def test_songs_are_joined_and_picked(model, song):
     assert len(twice.states) == len(twice.memory[3][1]) == 6
     picked = twice.rows(slice(4, 5))
     near(model.decode(song["x"][1:2], song["time"][1:2], picked), model.decode(song["x"][1:2], song["time"][1:2], told.rows(slice(1, 2))))
+
+
+@torch.no_grad()
+def test_long_lyrics_ask_in_turns(monkeypatch):
+    encoder, x = LyricEncoder(16, 16, 2, 32, 2).eval(), torch.randn(2, 50, 16)
+    mask = torch.arange(50) < torch.tensor([[50], [31]])
+    whole = encoder(x, mask)
+    for at_once in (1, 7, 25):
+        monkeypatch.setattr(lyric_encoder, "AT_ONCE", at_once)
+        near(encoder(x, mask), whole)
 
 
 @torch.no_grad()
