@@ -168,7 +168,7 @@ def processor() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[20.0], help="lengths of the song")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[30.0], help="lengths of the song")
     parser.add_argument("--tags", type=int, default=40)
     parser.add_argument("--lyrics", type=int, default=400, help="ids")
     parser.add_argument("--rounds", type=int, default=3)
