@@ -33,7 +33,7 @@ demo: setup
 	@$(BIN)/musiclab demo
 
 test: setup
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 # After a change to a notebook: write the modules anew, and strip what a run leaves in notebooks.
 export: setup

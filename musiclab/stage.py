@@ -83,7 +83,8 @@ again.onclick = () => repeat(!loop)
 names.forEach((name, i) => { name.onclick = () => choose(i) })
 box.addEventListener('click', e => { if (e.detail) box.focus({preventScroll: true}) }) // a click of the mouse, not of the keyboard
 box.onkeydown = e => {
-  if (e.ctrlKey || e.metaKey || e.altKey || e.target != box && (e.target == knob || e.key == ' ' || e.key == 'Enter')) return
+  if (e.target == knob && e.key.startsWith('Arrow')) return e.stopPropagation()
+  if (e.ctrlKey || e.metaKey || e.altKey || e.target != box && (e.key == ' ' || e.key == 'Enter')) return
   if (names[e.key - 1]) choose(e.key - 1)
   else if (e.key == ' ') toggle()
   else if (e.key == 'l') repeat(!loop)
@@ -94,8 +95,8 @@ box.onkeydown = e => {
 }
 if (knob) {
   knob.oninput = () => choose(+knob.value)
-  watchers.push(() => { knob.value = now; knob.setAttribute('aria-valuetext', names[now].textContent) })
-  if (knob.dataset.tour) { const end = next; next = () => { if (now + 1 < names.length) { choose(now + 1); seek(0) } else { now = 0; end() } } }
+  watchers.push(() => { knob.value = now; knob.setAttribute('aria-valuetext', names[now].lastChild.textContent) })
+  if (knob.dataset.tour) next = () => { pause(); choose((now + 1) % names.length); at = 0; now ? play() : draw() }
 }
 """
 

@@ -96,10 +96,10 @@ EAR = """() => {
         return {hertz: top * meter.context.sampleRate / 8192, decibels: levels[top]};
     };
     const code = `registerProcessor('tape', class extends AudioWorkletProcessor {
-        process([[samples]]) { if (samples) this.port.postMessage([currentFrame, samples.slice()]); return true } })`;
+        process([[samples]]) { this.port.postMessage([currentFrame, samples ? samples.slice() : new Float32Array(128)]); return true } })`;
     window.tape = async () => {  // records what is heard, each block with the time of the audio clock
         const context = meter.context;
-        await context.audioWorklet.addModule(URL.createObjectURL(new Blob([code], {type: 'text/javascript'})));
+        await context.audioWorklet.addModule('data:text/javascript,' + encodeURIComponent(code));
         const node = new AudioWorkletNode(context, 'tape', {channelCount: 1, channelCountMode: 'explicit'}), blocks = [];
         node.port.onmessage = ({data}) => blocks.push(data);
         connect.call(meter, node); connect.call(node, context.destination);
@@ -110,10 +110,10 @@ EAR = """() => {
 }"""
 
 def on_tape(recorded: dict) -> tuple[np.ndarray, float, int]:
-    "The samples of a recording, the time of the first, and the rate. Every block follows the one before."
+    "The samples of a recording, the time of the first, and the rate. What lies before a gap, as when the recorder begins, is left out."
     starts, rate = np.array(recorded["starts"]), recorded["rate"]
-    assert (np.diff(starts) == 128).all(), "the recorder missed a block"
-    return np.concatenate(recorded["samples"]), starts[0] / rate, int(rate)
+    whole = int((np.flatnonzero(np.diff(starts) != 128) + 1).max(initial=0))
+    return np.concatenate(recorded["samples"][whole:]), starts[whole] / rate, int(rate)
 
 
 def sounds_in(html: str) -> list[tuple[np.ndarray, int]]:
