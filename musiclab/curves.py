@@ -88,7 +88,11 @@ def live(
     "Draw the losses of what trains inside the `with` block, while it trains."
     canvas, done = _Canvas(log, title), threading.Event()
     def watch():
-        while not done.wait(every): canvas.renew()
+        pause = every
+        while not done.wait(pause):
+            began = time.monotonic()
+            canvas.renew()
+            pause = max(every, 4 * (time.monotonic() - began)) # at most a fifth of the time goes into drawing
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try: yield

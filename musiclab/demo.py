@@ -4,7 +4,7 @@
 __all__ = ['songs_part', 'data_part', 'Trained', 'train_part', 'training_blocks', 'listening_blocks', 'run']
 
 # %% ../nbs/5_tools/52_demo.ipynb #6b573fa0
-import html, platform, time
+import html, json, platform, time
 from dataclasses import dataclass
 from pathlib import Path
 from . import __version__, compose, data, recipes, show
@@ -22,7 +22,8 @@ def songs_part(folder: Path, count: int, seconds: float) -> list: # blocks of th
     for track in tracks: shown.setdefault(track.tags[0], track)
     for style, track in shown.items():
         blocks += [f"### {style}", show.player(track.source.audio(), track.text)]
-    return blocks
+    piece = compose.compose(next(iter(shown)), seconds=seconds)
+    return blocks + ["### The same, as notes", "Each instrument has a button; drag over a few bars to hear them again and again.", show.roll(piece.song, piece.caption)]
 
 # %% ../nbs/5_tools/52_demo.ipynb #26129957
 def data_part(folder: Path, valid: float) -> tuple: # train, valid, blocks of the report
@@ -44,13 +45,14 @@ def train_part(folder: Path, out: Path, steps: int, prompts: list[str]) -> Train
     "Fine-tune a tiny MusicGen with the ready configuration, made smaller."
     model, store = tiny_checkpoint(out/"tiny-musicgen"), out/"features"
     settings = recipes.load_config("musicgen_lora", [f"data={folder}", f"model={model}", f"output={out/'run'}", f"store={store}", f"max_steps={steps}", "warmup=5",
-        "lr=0.01", "accumulate=2", "frames=400", "workers=0", f"validate_every={max(1, steps // 8)}", "save_minutes=null", "device=cpu"])
+        "lr=0.01", "accumulate=2", "frames=400", "workers=0", f"validate_every={max(1, steps // 8)}", "save_minutes=null", "device=cpu",
+        f"sample_prompts={json.dumps(prompts[:1])}", f"sample_every={max(1, steps // 3)}", "sample_seconds=3"])
     start = time.perf_counter()
     run = recipes.train(settings)
     return Trained(run, time.perf_counter() - start, store)
 
 # %% ../nbs/5_tools/52_demo.ipynb #c07c5905
-def training_blocks(trained: Trained, folder: Path) -> list: # blocks of the report
+def training_blocks(trained: Trained, folder: Path, prompts: list[str]) -> list: # blocks of the report
     "Curves and figures of the training."
     run = trained.run
     losses = [r["valid"]["loss"] for r in run.history if "valid" in r]
@@ -60,18 +62,21 @@ def training_blocks(trained: Trained, folder: Path) -> list: # blocks of the rep
             show.losses(run.history, "a tiny random MusicGen, LoRA on its attention layers"),
             f"> Validation loss {losses[0]:.3f} → {losses[-1]:.3f} after {run.step} steps in {trained.seconds:.0f} s "
             f"({steps[-1]['rows_per_second']:.1f} songs per second at the end, on this machine). The adapter is {adapter / 1e3:.0f} kB.",
-            "Stop it anywhere with Ctrl-C and run the command again: it goes on from there, to the same weights, bit for bit."]
+            "Stop it anywhere with Ctrl-C and run the command again: it goes on from there, to the same weights, bit for bit.",
+            "### While it learned", "The same prompt and the same seed at several steps. Press play: one step follows the other.", show.timelapse(run.folder, prompts[0])]
 
 # %% ../nbs/5_tools/52_demo.ipynb #13458764
 def listening_blocks(trained: Trained, prompts: list[str], seconds: float) -> list: # blocks of the report
     "The same prompts and seeds before and after."
     blocks = ["## 4 · Before and after", "The same prompt and the same seed, without and with the adapter. The weights of this tiny model are random, so both are noise; what to hear is that "
               "the adapter changes it. With facebook/musicgen-small the same lines play music."]
-    rows = []
-    for prompt, pair in zip(prompts, trained.run.before_after(prompts, seconds)):
-        blocks += [show.compare(pair, prompt)]
-        rows += [{"prompt": prompt, "": side} | figures(piece) for side, piece in pair.items()]
-    return blocks + [show.table(rows)]
+    pairs = dict(zip(prompts, trained.run.before_after(prompts, seconds)))
+    rows = [{"prompt": prompt, "": side} | figures(piece) for prompt, pair in pairs.items() for side, piece in pair.items()]
+    first = pairs[prompts[0]]
+    levels = {0.0: first["before"], 1.0: first["after"]} | {level: trained.run.sample(prompts[:1], seconds, strength=level)[0] for level in (0.5, 1.5)}
+    return [*blocks, *(show.compare(pair, prompt) for prompt, pair in pairs.items()), show.table(rows),
+            "### How much of it", "An adapter has a strength: 0 is the model as it was, 1 what was trained, more exaggerates.", show.strength(levels, prompts[0]),
+            "### Without knowing which", "Can you tell? Two trials are far too few to prove anything, and the page says so.", show.blind(pairs)]
 
 # %% ../nbs/5_tools/52_demo.ipynb #961a739e
 def run(
@@ -86,7 +91,7 @@ def run(
     blocks = songs_part(folder, count, seconds)
     blocks += data_part(folder, 0.25)[2]
     trained = train_part(folder, out, steps, prompts)
-    blocks += training_blocks(trained, folder) + listening_blocks(trained, prompts, 4 if quick else 8)
+    blocks += training_blocks(trained, folder, prompts) + listening_blocks(trained, prompts, 4 if quick else 8)
     blocks += ["## 5 · Your turn", "musiclab train musicgen_lora data=my_songs model=facebook/musicgen-small output=my_run",
                "musiclab generate --model facebook/musicgen-small --adapter my_run --prompt \"your style\" --out mine.wav",
                f"Made by musiclab {__version__} in {time.perf_counter() - start:.0f} s on {platform.machine()}, Python {platform.python_version()}."]

@@ -5,9 +5,10 @@ __all__ = ['SOUNDS', 'PLAYER', 'data_uri', 'envelope', 'players', 'player', 'mat
 
 # %% ../nbs/0_shared/11b_players.ipynb #49eb463a
 import base64, html, io
+from pathlib import Path
 from urllib.parse import quote
 import numpy as np
-from .audio import Audio
+from .audio import Audio, load
 from .core import MusiclabError
 from .stage import FACE, KEYS, STAGE, STYLE, View, box, color, script
 
@@ -161,11 +162,18 @@ def strength(
     "A slider along one piece at several strengths of an adapter, equally loud; it switches without a gap."
     return _slider(dict(sorted(sounds.items())), "adapter strength", title, seconds, stereo, tour=False)
 
+def _played(folder: Path, number: int) -> dict[int, Audio]: # by step: what a run played of its prompt with this number
+    files = {int(file.parent.name.removeprefix("step-")): file for file in folder.glob(f"samples/step-*/{number:02d}.wav")}
+    if not files: raise MusiclabError("no sound was played while it trained", folder, "Train with sample_prompts and sample_every")
+    return {step: load(file) for step, file in files.items()}
+
 def timelapse(
-    sounds: dict[int, Audio], # by the step of training: the same prompt and the same seed each time
+    sounds, # by the step of training, the same prompt and the same seed: {0: …, 50: …, 100: …}; or the output folder of a run
     title: str | None = None, # shown above
     seconds: float = 20.0, # longer sounds are cut to this
     stereo: bool = False, # both channels and the full bandwidth
+    prompt: int = 0, # of a run: which of its `sample_prompts`
 ) -> View:
     "The same piece at several steps of training: a slider, or one after the other."
+    sounds = _played(Path(sounds), prompt) if isinstance(sounds, (str, Path)) else sounds
     return _slider(dict(sorted(sounds.items())), "training step", title, seconds, stereo, tour=True)

@@ -45,7 +45,7 @@ log = pathlib.Path("run/logs/log.jsonl")
 with show.live("run", "Live", every=0.2):
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    for step in range(1, 41):
+    for step in range(1, 81):
         with log.open("a") as file: file.write(json.dumps({"step": step, "loss": 4 / step}) + "\\n")
         time.sleep(0.1)"""
 
