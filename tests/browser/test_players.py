@@ -10,35 +10,12 @@ import pytest
 
 from musiclab import show
 from musiclab.dsp import resample
+from tests.browser import players
 from tests.browser.conftest import EAR, ERRORS, offline, on_tape, open_notebook, sounds_in
 
 pytestmark = pytest.mark.xdist_group("players")  # one worker: they share a browser and a server
 
-BUILD = """
-import numpy as np
-from musiclab import show
-from musiclab.audio import Audio
-from musiclab.midi import Part, Song, notes
-
-def tone(hertz, seconds=10): return Audio(0.3 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * 32000)) / 32000), 32000)
-
-def noise(low, high, seed):
-    spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(320000))
-    hertz = np.fft.rfftfreq(320000, 1 / 32000)
-    sound = np.fft.irfft(spectrum * ((hertz > low) & (hertz < high)))
-    return Audio(0.1 * sound / sound.std(), 32000)
-
-flute = Part("flute", 73, False, notes([(0, 3840, 69, 100), (3840, 3840, 81, 100)]))
-kit = Part("kit", 0, True, notes([(7680 + 240 * i, 60, pitch, 110) for i, pitch in enumerate((36, 42, 38, 42, 36, 42, 38, 46))]))
-song = Song([flute, kit], lyrics=[(0, "la"), (3840, "lu")], markers=[(0, "verse")])
-"""
-VIEWS = {
-    "Noises": "show.compare({'low': noise(300, 1500, 1), 'high': noise(3000, 6000, 2)}, 'Noises')",
-    "Tones": "show.compare({'low': tone(400), 'high': tone(1600)}, 'Tones')",
-    "Alone": "show.player(tone(600), 'Alone')",
-    "Steps": "show.timelapse({0: tone(500, 1.5), 50: tone(1000, 1.5)}, 'Steps')",
-    "Song": "show.roll(song, 'Song')",
-    "Blind": "show.blind({'first': {'a': tone(300, 3), 'b': tone(700, 3)}, 'second': {'a': tone(500, 3), 'b': tone(900, 3)}}, PATH, 'Blind')"}
+BUILD = "from musiclab import show\nfrom tests.browser.players import views\nshown = views('votes.jsonl')"
 LIVE = """
 import json, pathlib, time
 log = pathlib.Path("run/logs/log.jsonl")
@@ -51,10 +28,7 @@ with show.live("run", "Live", every=0.2):
 
 
 @pytest.fixture(scope="module")
-def views():
-    names = {"PATH": None}
-    exec(BUILD, names)
-    return {name: eval(code, names) for name, code in VIEWS.items()}
+def views(): return players.views()
 
 
 def exported(views) -> str:
@@ -64,8 +38,8 @@ def exported(views) -> str:
     return HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=cells))[0]
 
 
-def start_lab(page, lab):
-    cells = [nbformat.v4.new_markdown_cell("## Players"), *map(nbformat.v4.new_code_cell, [BUILD + 'PATH = "votes.jsonl"', *VIEWS.values(), LIVE])]
+def start_lab(page, lab, names):
+    cells = [nbformat.v4.new_markdown_cell("## Players"), *map(nbformat.v4.new_code_cell, [BUILD, *(f"shown[{name!r}]" for name in names), LIVE])]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), lab.folder / "players.ipynb")
     open_notebook(page, lab("players.ipynb"))
@@ -81,7 +55,7 @@ def frame(request, browser, views, tmp_path_factory):
     page.route("**/*", offline)
     problems, place, file = [], request.param, tmp_path_factory.mktemp("page") / "page.html"
     page.on("pageerror", lambda error: problems.append(error))
-    if place == "lab": start_lab(page, request.getfixturevalue("lab"))
+    if place == "lab": start_lab(page, request.getfixturevalue("lab"), views)
     else:
         text = exported(views) if place == "export" else show.page("Report", list(views.values()))
         if place == "frame": text = f'<iframe sandbox="allow-scripts" width="1000" height="900" srcdoc="{html.escape(text)}"></iframe>'
@@ -268,10 +242,8 @@ def test_the_curve_follows_the_run(frame):
 def test_the_page_counts_as_python_does(browser):
     page = browser.new_page()
     count = "votes => { const {test} = document.querySelector('.ml-blind'); test.votes.splice(0, 1000, ...votes); return test.tally() }"
-    names = {"PATH": None}
-    exec(BUILD, names)
     for sounds in (2, 3):
-        trial = {"abc"[i]: names["tone"](300 + 100 * i, 0.5) for i in range(sounds)}
+        trial = {"abc"[i]: players.tone(300 + 100 * i, 0.5) for i in range(sounds)}
         page.set_content(show.blind({"x": trial}).html)
         for asked in (0, 1, 2, 7, 10, 50, 400):
             for wins in {0, asked // 3, asked // 2, int(0.7 * asked), asked}:
