@@ -100,7 +100,7 @@ def title(
     input, # a Source or a text
 ) -> str:
     "What to call an input in a message."
-    return shorten(getattr(input, "name", input), 60, placeholder="…")
+    return shorten(input, 60, placeholder="…") if isinstance(input, str) else input.name
 
 # %% ../nbs/0_shared/05g_encode.ipynb #95607717
 def make_here(

@@ -202,7 +202,8 @@ class Rows:
         self.folder = Path(folder)
         lists = sorted(self.folder.glob("train_files*.txt"))
         if not lists: raise MusiclabError("holds no train_files.txt", self.folder, "Make it with `musiclab museformer preprocess`")
-        self.lines = sorted({line for each in lists for line in each.read_text(encoding="utf-8").splitlines()}, key=lambda line: line.split("\t")[-1])
+        songs = {line.split("\t")[0]: line for each in lists for line in each.read_text(encoding="utf-8").splitlines()} # twins may be in two lists
+        self.lines = sorted(songs.values(), key=lambda line: line.split("\t")[-1])
         self.shelf, self.at = None, None
 
     def __len__(self): return len(self.lines)
