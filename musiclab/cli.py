@@ -95,17 +95,34 @@ def init(
 # %% ../nbs/5_tools/51_cli.ipynb #098caa93
 Where = Annotated[str, typer.Argument(help="A folder, a metadata.json or .jsonl, a CSV, a manifest, or the name of a Hugging Face data set.")]
 
+def _tagger(clap: str | None): # sound -> tags, by CLAP; None without one
+    if clap is None: return None
+    from musiclab.embed import clap_tagger
+    return clap_tagger(clap)
+
 @data_app.command("check")
 def data_check(
     where: Where,
-    full: Annotated[bool, typer.Option("--full", help="Decode every file to the end, not only its header.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers only: finds no silence, no damage, no copies in other formats.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Also one line for each track.")] = False,
+    json: Annotated[Optional[Path], typer.Option("--json", help="Write everything as JSON to this file.")] = None,
+    html: Annotated[Optional[Path], typer.Option("--html", help="Write a page with everything to this file.")] = None,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Write tags that the sound suggests to NAME_suggested.txt, beside what you wrote.")] = False,
+    clap: Annotated[Optional[str], typer.Option(help="With a CLAP model (a folder or hub name): suggest genre, mood and instruments too.")] = None,
 ):
     """Say what a data set holds and what is wrong with it.
 
-    Example: `musiclab data check my_songs --full`
+    Example: `musiclab data check my_songs --html check.html`
     """
-    from musiclab import data
-    typer.echo(data.check(data.read(where), decode=full))
+    from musiclab import check, data
+    found = data.check(data.read(where), decode=not quick, also=_tagger(clap))
+    typer.echo(found)
+    if table: typer.echo(check.text_table(found))
+    if json: typer.echo(f"wrote {check.save_json(found, json)}")
+    if html:
+        from musiclab.report import data_page
+        typer.echo(f"wrote {data_page(found, html)}")
+    if suggest: typer.echo(f"wrote {len(check.save_suggestions(found))} files *_suggested.txt")
 
 # %% ../nbs/5_tools/51_cli.ipynb #636091ac
 @data_app.command("convert")
@@ -123,7 +140,7 @@ def data_convert(
     """
     from musiclab import data
     if to not in data.WRITERS: raise MusiclabError(f"unknown layout {to!r}", "--to", f"Choose one of {', '.join(data.WRITERS)}")
-    report = data.check(data.read(where), decode=rate is not None)
+    report = data.check(data.read(where), decode=True)
     for problem in report.problems: typer.echo(f"left out {problem}", err=True)
     tracks = report.tracks
     if valid is not None:
@@ -139,12 +156,12 @@ def data_split(
     valid: Annotated[float, typer.Option(help="Share for validation.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
 ):
-    """Show which tracks train and which validate. Pieces of one song never fall on both sides, and added files move none.
+    """Show which tracks train and which validate. Pieces and copies of one song never fall on both sides, and added files move none.
 
     Example: `musiclab data split my_songs --valid 0.2`
     """
     from musiclab import data
-    for name, side in zip(("train", "valid"), data.split(data.read(where), valid, seed)):
+    for name, side in zip(("train", "valid"), data.split(data.check(data.read(where), decode=True).tracks, valid, seed)):
         for track in side: typer.echo(f"{name}\t{track.group}\t{track.key}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #4308f5b4

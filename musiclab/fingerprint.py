@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['RATE', 'WINDOW', 'HOP', 'BACK', 'EDGES', 'ALIKE', 'ONES', 'bits', 'errors', 'Match', 'candidates', 'matches']
 
-# %% ../nbs/0_shared/01a_fingerprint.ipynb #1e8df2cc
+# %% ../nbs/0_shared/01a_fingerprint.ipynb #d517e157
 from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
 from .audio import Audio
 
-# %% ../nbs/0_shared/01a_fingerprint.ipynb #cbd7893d
+# %% ../nbs/0_shared/01a_fingerprint.ipynb #3f85725a
 RATE, WINDOW, HOP, BACK = 11025, 4096, 256, 4 # samples per second, samples per window, from one to the next; compared with how many before
 EDGES = np.round(np.geomspace(200, 2000, 34) * WINDOW / RATE).astype(int) # of 33 bands, in bins of the spectrum
 
@@ -27,7 +27,7 @@ def bits(
     power = energy.sum(1)[BACK:]
     return np.where(power > max(1e-7 * power.max(initial=0), 1e-9), words, 0)
 
-# %% ../nbs/0_shared/01a_fingerprint.ipynb #8c360dc7
+# %% ../nbs/0_shared/01a_fingerprint.ipynb #656d5d8f
 ALIKE = 0.3 # share of differing answers below which two recordings are one
 ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8) # in each byte
 
@@ -41,10 +41,11 @@ def errors(
     n = min(len(a), len(b))
     sounding = (a[:n] != 0) & (b[:n] != 0)
     wrong = ONES[(a[:n][sounding] ^ b[:n][sounding]).view(np.uint8)].reshape(-1, 4).sum(1) / 32
-    seconds = [some.mean() for some in np.array_split(wrong, max(1, len(wrong) * HOP // RATE))] if len(wrong) else [0.5]
-    return float(np.quantile(seconds, 0.9)), len(wrong)
+    if not len(wrong): return 0.5, 0
+    seconds = np.linspace(0, len(wrong), max(1, len(wrong) * HOP // RATE) + 1).astype(int)
+    return float(np.quantile(np.add.reduceat(wrong, seconds[:-1]) / np.diff(seconds), 0.9)), len(wrong)
 
-# %% ../nbs/0_shared/01a_fingerprint.ipynb #1040997d
+# %% ../nbs/0_shared/01a_fingerprint.ipynb #aa70aa3b
 @dataclass(frozen=True, order=True)
 class Match:
     "Two recordings of which parts are the same."
@@ -71,7 +72,7 @@ def candidates(
     found, times = np.unique(np.concatenate(met), axis=0, return_counts=True)
     return found[times > 1]
 
-# %% ../nbs/0_shared/01a_fingerprint.ipynb #e355a2f9
+# %% ../nbs/0_shared/01a_fingerprint.ipynb #df9d1536
 def matches(
     prints: Sequence[np.ndarray], # fingerprints, from `bits`
     least: float = 3.0, # seconds that recordings must have in common; all of it for shorter ones

@@ -133,7 +133,7 @@ def test_init_writes_configurations_and_keeps_yours(tmp_path):
 
 
 def test_data_commands(work, tmp_path):
-    status, text = run("data", "check", work / "songs", "--full")
+    status, text = run("data", "check", work / "songs")
     assert status == 0 and "6 tracks" in text
     status, text = run("data", "split", work / "songs", "--valid", 0.34)
     sides = [line.split("\t")[0] for line in text.splitlines()]

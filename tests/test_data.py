@@ -301,7 +301,7 @@ def test_twins_share_a_group(tmp_path):
     report = check(read(tmp_path))
     groups = {track.key: track.group for track in report.tracks}
     assert groups["a"] == groups["copy"] == groups["third"] != groups["b"]
-    assert sum("the same sound as" in remark.reason for remark in report.remarks) == 2
+    assert sum("the same file as" in remark.reason for remark in report.remarks) == 2
     report = check(read(tmp_path).regroup(r"^(copy|a|b|third)"))
     groups = {track.key: track.group for track in report.tracks}
     assert groups["a"] == groups["third"] == groups["copy"] == groups["copy-part2"] != groups["b"] # whole songs are joined

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['data_1', 'data_2', 'encode_1', 'features_1', 'features_2', 'files_1', 'readers_1', 'rows_1', 'shards_1', 'tracks_1',
-           'writers_1']
+           'writers_1', 'agree_1', 'look_1', 'check_1']
 
 # %% ../../nbs/5_tools/53b_checks_data.ipynb #979deca0
 def data_1(by_artist) -> None:
@@ -157,3 +157,42 @@ def writers_1(to_folder) -> None:
     assert back["a/rain"].lyrics == "Drip\ndrop", "The lyrics of a/rain did not come back: they belong into a/rain.lyrics."
     assert back["valid/wind"].lyrics == "", "Nobody sings in wind, and that is known: it needs an empty file of lyrics."
     assert back["snow"].lyrics is None, "Whether somebody sings in snow is not known: it may not get a file of lyrics."
+
+# %% ../../nbs/5_tools/53b_checks_data.ipynb #30da0e01
+def agree_1(left_out) -> None:
+    "Exercise of `05d1_agree`: ridge regression without the row that it predicts."
+    import numpy as np
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((12, 3)), rng.standard_normal((12, 2))
+    found = left_out(x, y, 2.0)
+    assert found is not None, "The function returns nothing yet: end it with `return np.array(…)`."
+    assert np.shape(found) == (12, 2), f"One prediction for each row and column of y: (12, 2), not {np.shape(found)}."
+    hat = x @ np.linalg.solve(x.T @ x + 2 * np.eye(3), x.T)
+    own = hat.diagonal()[:, None]
+    assert not np.allclose(found, hat @ y), "These predictions have seen their own row: np.delete(x, i, axis=0) leaves it out."
+    assert np.allclose(found, (hat @ y - own * y) / (1 - own)), "The weights solve (X'X + ridge I) w = X'y, with X and y without row i."
+
+# %% ../../nbs/5_tools/53b_checks_data.ipynb #530d3ab2
+def look_1(is_hum) -> None:
+    "Exercise of `05d2_look`: the hum of the mains."
+    import numpy as np
+    t, rng = np.arange(48000) / 16000, np.random.default_rng(0)
+    hum = sum(np.sin(2 * np.pi * 50 * k * t + k) / k for k in (1, 2, 3, 5))
+    found = is_hum(hum, 16000)
+    assert found is not None, "The function returns nothing yet: end it with `return …`."
+    assert found, "Four multiples of 50 Hz and nothing else: that is hum."
+    assert is_hum(sum(np.sin(2 * np.pi * 60 * k * t) / k for k in (1, 2, 4)), 16000), "In other countries the mains have 60 Hz."
+    assert not is_hum(np.sin(2 * np.pi * 440 * t), 16000), "440 Hz is no multiple of 50 nor of 60."
+    assert not is_hum(rng.standard_normal(len(t)), 16000), "Noise has energy everywhere: compare with the sum of all."
+    assert is_hum(hum + 0.05 * rng.standard_normal(len(t)), 16000), "A little noise is always there: 95 % suffice."
+
+# %% ../../nbs/5_tools/53b_checks_data.ipynb #419598ce
+def check_1(common) -> None:
+    "Exercise of `05d3_check`: tags that are everywhere."
+    from musiclab.tracks import Track, Tracks
+    tracks = Tracks.gather(Track(f"{i}", tags=tags) for i, tags in enumerate([("pop", "live"), ("pop", "live"), ("live", "pop"), ("jazz", "live")]))
+    found = common(tracks, 0.75)
+    assert found is not None, "The function returns nothing yet: end it with `return sorted(…)`."
+    assert list(found) == ["live", "pop"], f"Live has all four, pop three of four, in alphabetical order; not {list(found)}."
+    assert list(common(tracks, 1.0)) == ["live"], "Only live is on every track."
+    assert list(common(tracks, 0.25)) == ["jazz", "live", "pop"], "At least this share: one of four is 0.25."
