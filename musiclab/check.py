@@ -17,7 +17,7 @@ import numpy as np
 from .audio import AUDIO_SUFFIXES, Audio
 from .core import MusiclabError, Problem, atomic_write, progress
 from .look import Look, look
-from .tracks import MIDI_SUFFIXES, Source, Track, Tracks, counted_from_0
+from .tracks import MIDI_SUFFIXES, Source, Tracks, counted_from_0
 
 # %% ../nbs/0_shared/05d3_check.ipynb #4446bcec
 def strays(
@@ -46,7 +46,8 @@ def without_lyrics(
 ) -> list[int]: # positions
     "Songs that have lost their lyrics: they are not called instrumental, others are, and most songs like them have lyrics."
     sung = [i for i, text in enumerate(tracks.column("text")) if not re.search(r"\binstrumental\b|纯音乐", text.casefold()) and text]
-    missing = [i for i in sung if not (lyrics := tracks.column("lyrics"))[i]] if any(tracks.column("lyrics")) else []
+    lyrics = tracks.column("lyrics")
+    missing = [i for i in sung if not lyrics[i]] if any(lyrics) else []
     return missing if len(sung) < len(tracks) and len(missing) <= 0.5 * len(sung) else []
 
 # %% ../nbs/0_shared/05d3_check.ipynb #6a0b3bb0
@@ -132,7 +133,7 @@ class Report:
 
     def counts(self, name: str) -> Counter:
         "How often each value of a `Look` was met: format, rate or channels; or each tag."
-        values = [tag for tags in self.tracks.column("tags") for tag in tags] if name == "tags" else [getattr(look, name) for look in self.looks]
+        values = [tag for tags in self.tracks.column("tags") for tag in tags] if name == "tags" else [getattr(seen, name) for seen in self.looks]
         return Counter(value for value in values if value is not None)
 
     def __repr__(self) -> str:
@@ -159,12 +160,12 @@ def rows(
     from musiclab.agree import suggest
     told, made = defaultdict(list), []
     for problem in report.remarks: told[problem.where].append(problem.reason)
-    for track, look in zip(report.tracks, report.looks):
+    for track, seen in zip(report.tracks, report.looks):
         remarks = told.pop(track.source.name, []) if track.source else []
         remarks += told.pop(track.key, [])
-        made.append({"track": track.key, "status": "remark" if remarks else "fine", "remarks": remarks, "seconds": look.seconds, "format": look.format,
-                     "rate": look.rate, "channels": look.channels, "song": track.group, "text": track.text, "lyrics": track.lyrics,
-                     "suggested": [*(suggest(look.heard) if look.heard else ()), *look.more], "file": str(track.source.path or "") if track.source else ""})
+        made.append({"track": track.key, "status": "remark" if remarks else "fine", "remarks": remarks, "seconds": seen.seconds, "format": seen.format,
+                     "rate": seen.rate, "channels": seen.channels, "song": track.group, "text": track.text, "lyrics": track.lyrics,
+                     "suggested": [*(suggest(seen.heard) if seen.heard else ()), *seen.more], "file": str(track.source.path or "") if track.source else ""})
     rest = [{"track": where, "status": "remark", "remarks": reasons} for where, reasons in told.items()]
     bad = [{"track": problem.where, "status": "unusable", "remarks": [problem.reason]} for problem in report.problems]
     return bad + rest + sorted(made, key=lambda row: row["status"] == "fine")

@@ -297,18 +297,32 @@ def generate(
         typer.echo(f"wrote {path}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #b4ec947b
+def _listener(name: str, model: str | None): # musiclab.embed.Embedder
+    from musiclab import embed
+    if name == "encodec" and model is not None:
+        from musiclab.core import fetch
+        from musiclab.musicgen.checkpoint import open_part, read_config
+        folder = fetch(model)
+        if hasattr(read_config(folder), "audio_encoder"): return embed.encodec(open_part(folder, "audio_encoder"), model)
+    return embed.choose(name, model, lambda text: typer.echo(text, err=True))
+
 @app.command()
 def evaluate(
     reference: Annotated[Path, typer.Argument(help="A folder of real music.")],
     generated: Annotated[Path, typer.Argument(help="A folder of generated music.")],
-    out: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
+    before: Annotated[Optional[Path], typer.Option(help="What the base model made of the same prompts and seeds, under the same names.")] = None,
+    train: Annotated[Optional[Path], typer.Option(help="The songs that were trained on, to find copies of them.")] = None,
+    embedder: Annotated[str, typer.Option(help="Who listens: logmel (needs nothing), encodec (with --model) or clap.")] = "logmel",
+    model: Annotated[Optional[str], typer.Option(help="For encodec a MusicGen model, for clap a CLAP model: a folder or hub name.")] = None,
+    seconds: Annotated[float, typer.Option(min=3, help="The middle of each clip, at most.")] = 30.0,
+    out: Annotated[Path, typer.Option(help="The report; measurements are kept beside it as .npz.")] = Path("report.html"),
 ):
-    """Compare generated with real music: figures, distances with their noise floor, players, in one HTML file.
+    """Compare generated with real music: figures, distances with their noise floor, before and after, copies, players, in one HTML file.
 
-    Example: `musiclab evaluate my_songs output/samples/step-00000400 --out report.html`
+    Example: `musiclab evaluate my_songs output/samples/step-00000400 --train my_songs/train --out report.html`
     """
-    from musiclab.evaluate import report
-    typer.echo(report(reference, generated, out))
+    from musiclab.report import report
+    typer.echo(report(reference, generated, out, before=before, train=train, see=_listener(embedder, model), seconds=seconds, memory=out.with_suffix(".npz")))
     typer.echo(f"open {out}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #1db42cf3

@@ -61,7 +61,7 @@ def trespass(importer: str, imported: str) -> str | None:
     "Why `importer` may not import `imported`; None when it may."
     storey, number = places[importer]
     if storey == "5_tools" or imported == importer: return None
-    if imported == "show": return None if importer == "evaluate" else "only evaluate and 5_tools draw"
+    if imported == "show": return None if importer == "report" else "only report and 5_tools draw"
     family = imported.partition(".")[0]
     if family in families: return None if storey.endswith("_" + family) else f"{family} is another family's"
     theirs, their_number = places[imported]

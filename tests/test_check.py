@@ -87,7 +87,8 @@ def test_copies_land_on_one_side_of_the_split(planted, report):
 def test_a_table_a_json_and_suggestions(planted, report, tmp_path):
     folder, expected = planted
     rows = json.loads(check.save_json(report, tmp_path / "check.json").read_text())["tracks"]
-    assert {row["status"] for row in rows} == {"unusable", "remark", "fine"} and len(rows) == len(check.rows(report)) == len(check.text_table(report).splitlines())
+    assert {row["status"] for row in rows} == {"unusable", "remark", "fine"}
+    assert len(rows) == len(check.rows(report)) == len(check.text_table(report).splitlines())
     before = {path: path.read_bytes() for path in folder.glob("*.txt")}
     written = check.save_suggestions(report)
     assert len(written) == len(report.tracks) and all(path.read_bytes() == content for path, content in before.items())
