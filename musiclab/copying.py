@@ -55,7 +55,7 @@ def nearest(
         alike = asked @ windows(song).T
         if alike.size and alike.max() > best.likeness:
             i, j = np.unravel_index(alike.argmax(), alike.shape)
-            best = Nearest(float(alike[i, j]), name, i / 2, j / FPS)
+            best = Nearest(float(alike[i, j]), name, int(i) / 2, int(j) / FPS)
     return best
 
 # %% ../nbs/0_shared/12c_copying.ipynb #251bcdb9

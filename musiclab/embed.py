@@ -61,6 +61,8 @@ def open_clap(
     prepare_imports()
     folder = fetch(name, CLAP_FILES)
     from transformers import ClapModel, ClapProcessor
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     try: return ClapModel.from_pretrained(folder).eval(), ClapProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise MusiclabError(f"is no CLAP model ({str(error).splitlines()[0][:120]})", name, f"Give a folder in the layout of {CLAP}") from error
@@ -79,7 +81,9 @@ def hear_clap(
     rate = processor.feature_extractor.sampling_rate
     sound = audio.mono().resample(rate).samples[0]
     windows = [sound[at:at + 10 * rate] for at in range(0, max(1, len(sound) - 5 * rate), 10 * rate)]
-    with torch.inference_mode(): points = _unit(model.get_audio_features(**processor.feature_extractor(windows, sampling_rate=rate, return_tensors="pt")))
+    long = "fusion" if model.config.audio_config.enable_fusion else "rand_trunc" # how longer sounds would be treated decides the shape of all
+    with torch.inference_mode():
+        points = _unit(model.get_audio_features(**processor.feature_extractor(windows, truncation=long, sampling_rate=rate, return_tensors="pt")))
     mean = points.mean(0)
     return mean / np.linalg.norm(mean)
 
@@ -124,6 +128,8 @@ def tiny_clap(
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, RobertaTokenizerFast
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     text = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=80, pad_token_id=1)
     audio = dict(depths=[1, 1], num_attention_heads=[2, 2], patch_embeds_hidden_size=8, hidden_size=16, num_hidden_layers=2, projection_dim=16)
     letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -133,7 +139,7 @@ def tiny_clap(
         torch.manual_seed(seed)
         ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=16)).save_pretrained(made)
         fast = RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=77)
-        ClapProcessor(ClapFeatureExtractor(), fast).save_pretrained(made)
+        ClapProcessor(ClapFeatureExtractor(truncation="rand_trunc"), fast).save_pretrained(made)
     return Path(folder)
 
 # %% ../nbs/0_shared/12a_embed.ipynb #214d5515

@@ -102,8 +102,8 @@ def measure(
             key = sound_key(clip.source, round(seconds, 3))
             known = f"{key} figures" in memory.arrays and f"{key} {see.version}" in memory.arrays
             sound = None if known else clip.middle(seconds)
+            told = json.loads(str(memory.recall(f"{key} figures", lambda: np.array(json.dumps(figures(sound)))))) # first: it refuses what is no sound
             point = memory.recall(f"{key} {see.version}", lambda: see(sound))
-            told = json.loads(str(memory.recall(f"{key} figures", lambda: np.array(json.dumps(figures(sound))))))
             return replace(clip, figures=told, point=point)
         except MusiclabError as error: return Problem(clip.name, error.what)
     with ThreadPool() as pool: found = list(progress(pool.imap(one, clips), "listening", total=len(clips), unit="clip"))

@@ -17,6 +17,7 @@ def bits(
     audio: Audio, # any sound
 ) -> np.ndarray: # uint32 [frames], 43 a second: 32 answers each; 0 in silence
     "The fingerprint of a recording."
+    if not audio.samples.size: return np.zeros(0, np.uint32)
     sound = audio.mono().resample(RATE).samples[0]
     sound = np.pad(sound, (0, max(0, WINDOW + BACK * HOP - len(sound))))
     frames, shape = np.lib.stride_tricks.sliding_window_view(sound, WINDOW)[::HOP], np.hanning(WINDOW).astype(np.float32)

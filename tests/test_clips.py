@@ -6,7 +6,7 @@ import pytest
 
 from musiclab import audio
 from musiclab.audio import Audio
-from musiclab.clips import RATE, decibels, embed, figures, find_tempo, onsets, spectrum
+from musiclab.clips import NOTES, RATE, decibels, embed, figures, find_tempo, key_fit, onsets, pitch_classes, spectrum
 from musiclab.core import MusiclabError
 
 T = np.arange(4 * 44100) / 44100
@@ -74,3 +74,12 @@ def test_the_tempo_of_real_music(music):
         found = find_tempo(onsets(decibels(spectrum(audio.load(file, rate=RATE, channels=1, seconds=20)))))
         right.append(min(abs(found / true / octave - 1) for octave in (0.5, 1, 2)) < 0.04)
     assert np.mean(right) >= 0.75
+
+
+def test_the_key_of_real_music(music):
+    short = []
+    for file in sorted((music/"audio"/"tracks").glob("*.mp3"))[::2]:
+        tonic = NOTES.index(re.search(r"(\S+) key", file.with_name(file.stem + "_prompt.txt").read_text()).group(1))
+        fit = key_fit(pitch_classes(audio.load(file, rate=RATE, channels=1)))
+        short.append(fit.max() - max(fit[tonic], fit[12 + tonic]))
+    assert np.mean(np.array(short) < 0.1) >= 0.75  # the told tonic is the best or nearly

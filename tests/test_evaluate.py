@@ -6,10 +6,12 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import kstest
 
-from musiclab import audio, evaluate
+from musiclab import audio, copying, evaluate
 from musiclab.audio import Audio
 from musiclab.core import MusiclabError
+from musiclab.report import report
 from musiclab.tracks import Source, Track
+from musiclab.embed import Memory, choose, tiny_clap
 from musiclab.evaluate import compare, frechet, gaussian_distance, kernel, p_value, rescale, shuffled
 
 MIXING = np.random.default_rng(1).standard_normal((30, 116))
@@ -148,9 +150,85 @@ def test_tracks_of_one_song_count_once(tmp_path):
 def test_a_report_is_one_file(tmp_path):
     names = [f"<b>{i}</b> & 'co'" for i in range(9)]
     bad = {"silent": Audio(np.zeros((1, 64000)), 16000), **{name: tone(500 + 40 * i) for i, name in enumerate(names)}}
-    found = evaluate.report([tone(300 + 40 * i) for i in range(9)], bad, tmp_path/"report.html", title="Before & after", rounds=50)
+    found = report([tone(300 + 40 * i) for i in range(9)], bad, tmp_path/"report.html", title="Before & after", rounds=50)
     text = (tmp_path/"report.html").read_text(encoding="utf-8")
     assert found.p_value is not None and found.verdict in text and "Before &amp; after" in text
     assert text.count("<audio") == 6 and text.count("data:image/png") == 2 and "<b>0</b>" not in text
     assert "silent for 100% of the time" in text and "Too few clips for a Frechet distance" in text
     assert not re.findall(r"https?://(?!www\.w3\.org)", text) and not re.findall(r'(?:src|href)="(?!data:)', text)
+
+
+def test_a_copied_song_is_caught_and_a_held_back_one_is_not(tracks):
+    names = list(tracks)
+    train = {name: tracks[name] for name in names[::2]}
+    unseen = {name: tracks[name] for name in names[1::4]}
+    rest = {name: tracks[name] for name in names[3::4]}
+    rng = np.random.default_rng(0)
+    def changed(sound): return Audio(0.5 * sound.crop(0.7, 5).samples + 0.002 * rng.standard_normal(sound.crop(0.7, 5).samples.shape), sound.rate)
+    copies = {f"copy of {name}": changed(train[name]) for name in list(train)[::4]}
+    faster = {f"faster {name}": Audio(train[name].samples, round(train[name].rate * 1.02)) for name in list(train)[1::5]}
+    found = copying.copying({**copies, **rest, **faster}, train, unseen)
+    assert set(copies) | set(faster) == set(found.caught) and found.recordings.keys() == set(copies), (found.limit, found.clips)
+    alone = copying.copying({**copies, **rest}, train)  # training songs are compared with each other
+    assert set(copies) <= set(alone.caught) and not set(rest) & set(alone.caught)
+    leaky = copying.copying(copies, train, {**unseen, **copies})
+    assert len(leaky.usual) == len(unseen)  # what is known from training is no unseen song
+
+
+def test_pairs_before_and_after():
+    reference = [tone(900 + 5 * i) for i in range(10)]
+    before = {f"{i}.wav": tone(300 + 20 * i) for i in range(8)}
+    after = {f"{i}.flac": tone(800 + 20 * i) for i in range(8)}
+    found = compare(reference, after, before=before, rounds=20).pairs
+    assert found.closeness.mean > 0 and found.closeness.low > 0 and found.closeness.p_value < 0.05 and found.closeness.share == 1
+    assert found.figures["centroid"].low > 0 and "closer to" in found.verdict
+    same = compare(reference, before, before=before, rounds=20).pairs
+    assert same.closeness.p_value == 1 and same.verdict.startswith("No change")
+    few = compare(reference, {"0.wav": tone(300)}, before=before, rounds=20).pairs
+    assert few.closeness is None and "Too few pairs" in few.verdict
+    with pytest.raises(MusiclabError, match="no clip has the same name"): compare(reference, {"x.wav": tone(300)}, before=before, rounds=2)
+
+
+def test_the_interval_covers_the_truth_and_p_is_uniform():
+    rng = np.random.default_rng(0)
+    found = [evaluate.change(0.3 + rng.standard_normal(12), rounds=400, seed=i) for i in range(150)]
+    assert 0.85 <= np.mean([one.low <= 0.3 <= one.high for one in found]) <= 0.99
+    null = [evaluate.change(rng.standard_normal(12), rounds=400, seed=i).p_value for i in range(150)]
+    assert kstest(null, "uniform").pvalue > 0.01
+
+
+def test_what_was_asked_for(tracks):
+    name = "piano_pop_001"
+    right, wrong = (Track(text, Source.of(b"x"), caption=text) for text in ("piano, 90 bpm, F# key", "piano, 63 bpm, C major"))
+    clips = [evaluate.Clip(track.key, tracks[name], 6, track.text, evaluate.figures(tracks[name])) for track in (right, wrong)]
+    said = evaluate.against_texts(clips)
+    assert [row["octaves"] for row in said["rows"]] == [True, False] and [row["key"] for row in said["rows"]] == [True, False]
+    assert said["tempo"].startswith("Tempo as asked: 1 of 2") and said["key"].startswith("Key as asked: 1 of 2")
+    assert evaluate.against_texts([evaluate.Clip("x", tracks[name], 6, "no wishes", clips[0].figures)]) == {}
+
+
+def test_measurements_are_remembered(tmp_path):
+    for side, hertz in (("a", 300), ("b", 500)):
+        for i in range(8): tone(hertz + 9 * i).save(tmp_path/side/f"{i}.wav", params={"prompt": "waltz, 90 bpm"})
+    asked = []
+    def see(sound):
+        asked.append(1)
+        return evaluate.embed(sound)
+    listener = evaluate.Embedder("mine", "mine-1", see)
+    first = compare(tmp_path/"a", tmp_path/"b", see=listener, memory=tmp_path/"m.npz", rounds=10)
+    again = compare(tmp_path/"a", tmp_path/"b", see=listener, memory=tmp_path/"m.npz", rounds=10)
+    assert len(asked) == 16 and str(first) == str(again)
+    tone(700).save(tmp_path/"b"/"0.wav")
+    compare(tmp_path/"a", tmp_path/"b", see=listener, memory=tmp_path/"m.npz", rounds=10)
+    assert len(asked) == 17
+    (tmp_path/"m.npz").write_bytes(b"broken")
+    assert Memory(tmp_path/"m.npz").arrays == {}
+
+
+def test_clap_in_the_hubs_layout_and_clap_out_of_reach(tmp_path):
+    folder, lines = tiny_clap(tmp_path/"clap"), []
+    listener = choose("clap", folder, lines.append)
+    found = compare([tone(300 + 9 * i) for i in range(8)], [tone(600 + 9 * i) for i in range(8)], see=listener, rounds=10)
+    assert listener.name == "clap" and found.embedder.startswith("clap") and found.kernel is not None and not lines
+    assert choose("clap", "nobody/nothing", lines.append).name == "logmel" and len(lines) == 1 and "nobody/nothing" in lines[0]
+    with pytest.raises(MusiclabError, match="unknown embedder 'ear'"): choose("ear")
