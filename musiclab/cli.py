@@ -95,11 +95,6 @@ def init(
 # %% ../nbs/5_tools/51_cli.ipynb #098caa93
 Where = Annotated[str, typer.Argument(help="A folder, a metadata.json or .jsonl, a CSV, a manifest, or the name of a Hugging Face data set.")]
 
-def _tagger(clap: str | None): # sound -> tags, by CLAP; None without one
-    if clap is None: return None
-    from musiclab.embed import clap_tagger
-    return clap_tagger(clap)
-
 @data_app.command("check")
 def data_check(
     where: Where,
@@ -114,8 +109,8 @@ def data_check(
 
     Example: `musiclab data check my_songs --html check.html`
     """
-    from musiclab import check, data
-    found = data.check(data.read(where), decode=not quick, also=_tagger(clap))
+    from musiclab import check, data, embed
+    found = data.check(data.read(where), decode=not quick, also=embed.clap_tagger(clap) if clap else None)
     typer.echo(found)
     if table: typer.echo(check.text_table(found))
     if json: typer.echo(f"wrote {check.save_json(found, json)}")
@@ -297,15 +292,6 @@ def generate(
         typer.echo(f"wrote {path}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #b4ec947b
-def _listener(name: str, model: str | None): # musiclab.embed.Embedder
-    from musiclab import embed
-    if name == "encodec" and model is not None:
-        from musiclab.core import fetch
-        from musiclab.musicgen.checkpoint import open_part, read_config
-        folder = fetch(model)
-        if hasattr(read_config(folder), "audio_encoder"): return embed.encodec(open_part(folder, "audio_encoder"), model)
-    return embed.choose(name, model, lambda text: typer.echo(text, err=True))
-
 @app.command()
 def evaluate(
     reference: Annotated[Path, typer.Argument(help="A folder of real music.")],
@@ -321,8 +307,9 @@ def evaluate(
 
     Example: `musiclab evaluate my_songs output/samples/step-00000400 --train my_songs/train --out report.html`
     """
+    from musiclab.recipes import listener
     from musiclab.report import report
-    typer.echo(report(reference, generated, out, before=before, train=train, see=_listener(embedder, model), seconds=seconds, memory=out.with_suffix(".npz")))
+    typer.echo(report(reference, generated, out, before=before, train=train, see=listener(embedder, model), seconds=seconds, memory=out.with_suffix(".npz")))
     typer.echo(f"open {out}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #1db42cf3
