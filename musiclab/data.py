@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from .check import check
 from .core import MusiclabError, Problem, seed_from
 from .readers import read
-from .tracks import Source, Track, Tracks
+from .tracks import Source, Track, Tracks # noqa: F401
 from .writers import WRITERS, resampled, to_audiocraft, to_audiofolder, to_hf, to_metadata # noqa: F401
 
 # the ways in and out belong to it

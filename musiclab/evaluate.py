@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from .agree import claims
 from .audio import AUDIO_SUFFIXES, Audio, probe
-from .clips import NOTES, embed, figures
+from .clips import NOTES, embed, figures # noqa: F401
 from .copying import Copying, judge, sketch
 from .core import MusiclabError, Problem, progress
-from .distances import FEWEST, Change, change, closeness, frechet, gaussian_distance, kernel, p_value, rescale, shuffled
+from .distances import FEWEST, Change, change, closeness, frechet, gaussian_distance, kernel, p_value, rescale, shuffled # noqa: F401
 from .embed import Embedder, Memory, choose, sound_key
 from .files import decode_text
 from .fingerprint import bits, matches
