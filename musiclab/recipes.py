@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'look_up', 'Family', 'family', 'family_of', 'ready_configs', 'find_config', 'load_config', 'read_data',
-           'train', 'result_in', 'export']
+           'train', 'listener', 'result_in', 'export']
 
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
-import difflib, importlib, json
+import difflib, importlib, json, sys
 from dataclasses import dataclass
 from pathlib import Path
-from .core import MusiclabError, ready_files
+from .core import MusiclabError, fetch, ready_files
 
 # %% ../nbs/5_tools/50_recipes.ipynb #15fa1dd9
 def look_up(
@@ -101,6 +101,20 @@ def train(
     from musiclab.train import fit
     train, valid = read_data(config) # first: a mistyped folder should not cost the download of a model
     return fit(look_up(family(config.task).task)(config), train, valid, config)
+
+# %% ../nbs/5_tools/50_recipes.ipynb #68920601
+def listener(
+    name: str = "logmel", # logmel, encodec or clap
+    model: str | None = None, # for encodec a MusicGen or EnCodec model, for clap a CLAP model
+): # musiclab.embed.Embedder
+    "The embedder of an evaluation; what cannot be reached is told in one line, and the default listens instead."
+    from musiclab import embed
+    if name == "encodec" and model is not None:
+        folder = fetch(model)
+        if "audio_encoder" in json.loads((folder/"config.json").read_text(encoding="utf-8")):
+            from musiclab.musicgen.checkpoint import open_part
+            return embed.encodec(open_part(folder, "audio_encoder"), model)
+    return embed.choose(name, model, lambda text: print(text, file=sys.stderr))
 
 # %% ../nbs/5_tools/50_recipes.ipynb #2e5b7544
 def result_in(
