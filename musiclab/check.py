@@ -131,10 +131,14 @@ class Report:
     looks: list[Look] # at the tracks that can be used
     decoded: bool # whether the sound was decoded, or only its headers read
 
-    def counts(self, name: str) -> Counter:
-        "How often each value of a `Look` was met: format, rate or channels; or each tag."
-        values = [tag for tags in self.tracks.column("tags") for tag in tags] if name == "tags" else [getattr(seen, name) for seen in self.looks]
-        return Counter(value for value in values if value is not None)
+    @property
+    def formats(self) -> Counter: "How many files there are of each format."; return Counter(seen.format for seen in self.looks if seen.format is not None)
+    @property
+    def rates(self) -> Counter: "How many files have each rate."; return Counter(seen.rate for seen in self.looks if seen.rate is not None)
+    @property
+    def channels(self) -> Counter: "How many files have so many channels."; return Counter(seen.channels for seen in self.looks if seen.channels is not None)
+    @property
+    def tags(self) -> Counter: "How many tracks have each tag."; return Counter(tag for tags in self.tracks.column("tags") for tag in tags)
 
     def __repr__(self) -> str:
         seconds, lyrics = self.tracks.column("seconds"), self.tracks.column("lyrics")
@@ -142,9 +146,9 @@ class Report:
         texts = sum(bool(text) for text in self.tracks.column("text"))
         long = f"{known.sum() / 3600:.1f} hours" if known.sum() >= 3600 else f"{known.sum() / 60:.1f} minutes"
         lines = [f"{len(self.tracks)} tracks of {len(set(self.tracks.column('group')))} songs, {long}"]
-        for title, name in ("formats", "format"), ("rates", "rate"), ("channels", "channels"), ("tags", "tags"):
-            counts = self.counts(name)
-            if counts: lines.append(f"  {title:<9}{', '.join(f'{what} ({n})' for what, n in counts.most_common(12))}{', …' * (len(counts) > 12)}")
+        for name in "formats", "rates", "channels", "tags":
+            counts = getattr(self, name)
+            if counts: lines.append(f"  {name:<9}{', '.join(f'{what} ({n})' for what, n in counts.most_common(12))}{', …' * (len(counts) > 12)}")
         if len(known): lines.append(f"  lengths  {known.min():.1f} to {known.max():.1f} s, half of them below {np.median(known):.1f} s")
         lines.append(f"  words    {texts} with caption or tags")
         lines.append(f"  lyrics   {sum(map(bool, lyrics))} sung, {lyrics.count('')} instrumental, {lyrics.count(None)} unknown")
@@ -184,7 +188,7 @@ def save_json(
     path: str | Path, # the file
 ) -> Path:
     "Write the rows and the counts of a report."
-    counts = {name: dict(report.counts(name)) for name in ("format", "rate", "channels", "tags")}
+    counts = {name: dict(getattr(report, name)) for name in ("formats", "rates", "channels", "tags")}
     atomic_write(path, json.dumps({"usable": len(report.tracks), "decoded": report.decoded, "counts": counts, "tracks": rows(report)}, indent=1, ensure_ascii=False))
     return Path(path)
 

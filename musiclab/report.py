@@ -154,7 +154,7 @@ def data_blocks(
 ) -> list: # for `show.page`
     "A data set's check as part of a page."
     table, sounds = rows(found), {track.key: track for track in found.tracks}
-    counts = found.counts("tags").most_common(24)
+    counts = found.tags.most_common(24)
     figure, ax = show.axes(height=0.6 + 0.17 * max(1, len(counts)))
     ax.barh([tag for tag, _ in counts][::-1], [n for _, n in counts][::-1], color=show.COLORS[0])
     ax.set(xlabel="tracks")
