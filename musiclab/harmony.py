@@ -43,7 +43,8 @@ class Key(NamedTuple):
 NUMERALS = "i ii iii iv v vi vii".split()
 COLOURS = { # semitones above the root; m stands for a small numeral
     "": (0, 4, 7), "7": (0, 4, 7, 10), "maj7": (0, 4, 7, 11), "add9": (0, 4, 7, 2), "sus4": (0, 5, 7),
-    "m": (0, 3, 7), "m7": (0, 3, 7, 10), "madd9": (0, 3, 7, 2), "mo": (0, 3, 6)}
+    "6": (0, 4, 7, 9), "9": (0, 4, 7, 10, 2), "maj9": (0, 4, 7, 11, 2),
+    "m": (0, 3, 7), "m7": (0, 3, 7, 10), "m9": (0, 3, 7, 10, 2), "madd9": (0, 3, 7, 2), "mo": (0, 3, 6), "mo7": (0, 3, 6, 10)}
 
 class Chord(NamedTuple):
     "Pitch classes that sound together."

@@ -22,7 +22,9 @@ FORMANTS = (730, 170, 1), (1090, 200, .6), (2440, 500, .3) # Hz, width, strength
 WAVES = { # the strength of partial number k of a note of f Hz
     "sine": lambda k, f: (k == 1) * 1.0,
     "square": lambda k, f: (k % 2) / k,
+    "triangle": lambda k, f: (k % 2) * np.where(k % 4 == 1, 1, -1) / k**2,
     "pulse": lambda k, f: 1.6 * np.sin(np.pi * k / 5) / k, # on for a fifth of the time, off for four
+    "thin": lambda k, f: 1.2 * np.sin(np.pi * k / 8) / k, # on for an eighth: the lead of many a game
     "saw": lambda k, f: 1 / k,
     "struck": lambda k, f: 2.2 * np.abs(np.sin(np.pi * k / 7.3)) / k ** 1.2, # the hammer of a piano, at a seventh of the string
     "plucked": lambda k, f: 1.5 * np.abs(np.sin(np.pi * k / 5.1)) / k ** 1.2, # a finger, at a fifth
@@ -30,7 +32,7 @@ WAVES = { # the strength of partial number k of a note of f Hz
     "reed": lambda k, f: np.where(k % 2, 1, .3) / k,
     "flute": lambda k, f: np.where(k == 1, 1, .5 / k ** 1.6),
     "organ": lambda k, f: sum(a * (k == n) for n, a in ((1, 1), (2, .7), (3, .5), (4, .4), (6, .25), (8, .2))), # drawbars
-    "voice": lambda k, f: .25 / k + (f / 260) ** .6 * sum(a * np.exp(-((k * f - at) / wide) ** 2) for at, wide, a in FORMANTS),
+    "voice": lambda k, f: .18 / k + .7 * (f / 260) ** .6 * sum(a * np.exp(-((k * f - at) / wide) ** 2) for at, wide, a in FORMANTS),
 }
 
 # %% ../nbs/0_shared/02a_voices.ipynb #90daf237
@@ -50,7 +52,7 @@ def table(
     if isinstance(wave, tuple):
         turn = 2 * np.pi * np.arange(SIZE) / SIZE
         index = np.clip((CUTOFFS[:, None] / hertz(pitch) - 1) * wave[0] / wave[1], 0, 9) # sidebands reach about to the cutoff
-        spectrum = np.fft.rfft(np.sin(wave[0] * turn + index * np.sin(wave[1] * turn)))
+        spectrum = .7 * np.fft.rfft(np.sin(wave[0] * turn + index * np.sin(wave[1] * turn)))
     else:
         ratio = k * cycle / CUTOFFS[:, None]
         passed = 1 / np.sqrt(((1 - ratio**2)**2 + (ratio / resonance)**2) * (1 + ratio**2))
@@ -95,12 +97,19 @@ class Voice:
     track: float = .5 # octaves that the filter follows an octave of pitch
     touch: float = 1.5 # octaves that it closes from the loudest to the softest touch
     resonance: float = .8 # Q of the filter
+    sway: tuple[float, float] = (0., 0.) # octaves by which it opens and closes on its own, times a second
     detune: float = 2. # cents between the two sides; 0 is mono
+    pairs: int = 1 # of oscillators, spread over the detuning
+    sub: float = 0. # level of a sine an octave below
     vibrato: float = 0. # cents, from a quarter of a second on
-    drive: float = 0. # how hard the sound is pressed into saturation
+    drive: float = 0. # how hard a note is pressed into saturation
     noise: float = 0. # breath or hammer at the attack
     legato: bool = False # overlapping notes glide into each other
+    amp: float = 0. # gain of the guitar amplifier that all notes go through together
+    wow: float = 0. # cents by which an old tape machine wavers
+    gain: float = 1. # level against the other voices
     send: float = .2 # how much goes to the reverb
+    echo: float = 0. # how much goes to the echo
 
 def envelope(
     voice: Voice,
@@ -110,7 +119,8 @@ def envelope(
 ) -> np.ndarray: # [n] level, 0 to 1
     "The course of a note's loudness."
     decay = voice.decay if voice.sustain else voice.decay * 2 ** ((60 - pitch) / 24)
-    level = voice.sustain + (1 - voice.sustain) * np.exp(-np.maximum(t - voice.attack, 0) / decay)
+    fading = np.maximum(t - voice.attack, 0) / decay
+    level = voice.sustain + (1 - voice.sustain) * np.exp(-fading) if voice.sustain else .8 * np.exp(-fading) + .2 * np.exp(-fading / 3)
     return level * np.minimum(t / voice.attack, 1) * np.exp(-np.maximum(t - seconds, 0) / voice.release)
 
 # %% ../nbs/0_shared/02a_voices.ipynb #98905324
@@ -122,6 +132,17 @@ def _pitch(voice, path, t, rate):
         pitch[i:] += (after - before) * (1 - np.exp(-(t[i:] - at) / .035))
     return pitch + voice.vibrato / 100 * np.sin(2 * np.pi * 5.3 * t) * np.clip((t - .25) / .4, 0, 1)
 
+def _oscillators(voice, phase, rows, waves):
+    "All oscillators of a note: [2, n]. What is tuned down stands more to the left, what is tuned up more to the right."
+    if not voice.detune: return np.stack([oscillate(waves, phase, rows)] * 2)
+    left, right = 0, 0
+    for pair in range(voice.pairs):
+        spread, start = (pair + 1) / voice.pairs * voice.detune / 2400, .1 + .37 * pair
+        low, high = (oscillate(waves, phase * 2 ** (side * spread) + side * start, rows) for side in (-1, 1))
+        left, right = left + .77 * low + .23 * high, right + .77 * high + .23 * low
+    return np.stack([left, right]) / np.float32(voice.pairs ** .5)
+
+# %% ../nbs/0_shared/02a_voices.ipynb #246bded6
 def play(
     voice: Voice,
     path: tuple[tuple[float, int], ...], # (seconds, pitch): one pair, or more where it glides
@@ -132,16 +153,16 @@ def play(
     "One note of a voice, or one gliding line."
     pitch = path[0][1]
     length = seconds + 6 * voice.release
-    if not voice.sustain: length = min(length, 7 * voice.decay * 2 ** ((60 - pitch) / 24)) # nothing is left by then
+    if not voice.sustain: length = min(length, 15 * voice.decay * 2 ** ((60 - pitch) / 24)) # nothing is left by then
     t = np.arange(max(64, int(length * rate)), dtype=np.float32) / np.float32(rate)
     octaves = voice.sweep * np.exp(-t / voice.fall) + voice.track * (pitch - 60) / 12 - voice.touch * (1 - velocity / 127)
+    if voice.sway[0]: octaves += voice.sway[0] * np.sin(2 * np.pi * voice.sway[1] * t + pitch)
     rows = np.clip(row(voice.cutoff) + 3 * octaves, 0, len(CUTOFFS) - 1.001).astype(np.float32)
     cycle = 1 / rate / (voice.wave[0] if isinstance(voice.wave, tuple) else 1)
     steady = len(path) == 1 and (not voice.vibrato or t[-1] < .25)
     phase = np.arange(len(t)) * hertz(pitch) * cycle if steady else np.cumsum(hertz(_pitch(voice, path, t, rate)) * cycle)
-    waves = table(voice.wave, max(pitch for _, pitch in path), voice.resonance, rate)
-    sides = [oscillate(waves, phase * 2 ** (side * voice.detune / 2400) + side * .1, rows) for side in ((-1, 1) if voice.detune else (0,))]
-    sound = np.stack([.77 * sides[0] + .23 * sides[-1], .77 * sides[-1] + .23 * sides[0]])
+    sound = _oscillators(voice, phase, rows, table(voice.wave, max(pitch for _, pitch in path), voice.resonance, rate))
+    if voice.sub: sound += np.float32(voice.sub) * np.sin(np.pi * phase).astype(np.float32)
     if voice.noise:
         breath = np.random.default_rng(pitch).standard_normal((2, len(t)), np.float32) * np.exp(-t / .012)
         sound += voice.noise * velocity / 127 * breath
@@ -152,37 +173,53 @@ def play(
 
 # %% ../nbs/0_shared/02a_voices.ipynb #f63e71c3
 VOICES = {
-    0: Voice("struck", .002, 2.2, release=.12, cutoff=4200, sweep=1.6, fall=.35, track=.35, touch=2.2, detune=1.5, noise=.03), # pianos
-    4: Voice((1, 1), .002, 1.4, release=.15, cutoff=1100, sweep=1.5, fall=.5, track=.6, touch=2.2, detune=3), # electric
-    6: Voice("pulse", .001, .9, release=.08, cutoff=6000, track=.3, touch=.5), # harpsichord, clavinet
-    8: Voice((2, 7), .001, .7, release=.4, cutoff=2500, sweep=2.2, fall=.12, track=.9, detune=1, send=.3), # celesta, music box
-    11: Voice("bar", .002, 1.2, release=.4, cutoff=6000, track=1, touch=1, detune=1, send=.3), # vibraphone
-    12: Voice("bar", .001, .25, release=.2, cutoff=5000, fall=.1, track=.8, detune=1), # marimba, xylophone
-    14: Voice((5, 7), .001, 1.6, release=.8, cutoff=2200, sweep=2, fall=.6, track=.8, detune=1, send=.35), # bells
-    16: Voice("organ", .008, sustain=1, release=.06, cutoff=9000, sweep=0, track=0, touch=0, detune=5, vibrato=6), # organs
-    24: Voice("plucked", .002, .9, cutoff=2800, sweep=1.2, fall=.15, touch=1.8, noise=.01), # guitars
-    29: Voice("saw", .004, 3, .7, .08, 2600, sweep=.6, fall=.4, track=.3, touch=1, detune=9, drive=3), # distorted guitars
-    31: Voice("plucked", .002, .9, cutoff=3500, sweep=1.2, fall=.15, touch=1.8),
-    32: Voice("plucked", .004, .9, release=.08, cutoff=600, sweep=1.3, fall=.12, touch=1.4, detune=0, noise=.01, send=.04), # basses
-    38: Voice("saw", .003, .5, .35, .05, 380, sweep=2.4, fall=.11, touch=1.8, resonance=2.2, detune=0, drive=1, send=.03), # synth bass
+    0: Voice("struck", .002, 1.7, release=.12, cutoff=4800, sweep=1.6, fall=.35, track=.35, touch=2.2, detune=1.5, noise=.03, gain=.85), # pianos
+    4: Voice((1, 1), .002, 1.2, release=.15, cutoff=1100, sweep=1.5, fall=.5, track=.6, touch=2.2, detune=3, gain=1.4, echo=.08), # electric
+    5: Voice((1, 1), .003, 1.3, release=.2, cutoff=800, sweep=1.6, fall=.4, track=.6, touch=2, detune=5, noise=.01, wow=7, gain=1.4, send=.22), # dusty
+    6: Voice("pulse", .001, .8, release=.08, cutoff=6000, track=.3, touch=.5), # harpsichord, clavinet
+    8: Voice((2, 7), .001, .6, release=.4, cutoff=2500, sweep=2.2, fall=.12, track=.9, detune=1, gain=1.2, send=.3, echo=.15), # celesta, music box
+    11: Voice("bar", .002, 1, release=.4, cutoff=6000, track=1, touch=1, detune=1, send=.3), # vibraphone
+    12: Voice("bar", .001, .2, release=.2, cutoff=5000, fall=.1, track=.8, detune=1, gain=1.4), # marimba, xylophone
+    14: Voice((5, 7), .001, 1.3, release=.8, cutoff=2200, sweep=2, fall=.6, track=.8, detune=1, send=.35, echo=.15), # bells
+    16: Voice("organ", .008, sustain=1, release=.06, cutoff=9000, sweep=0, track=0, touch=0, detune=5, vibrato=6, gain=.8), # organs
+    21: Voice("reed", .04, .5, .9, .07, 3600, sweep=.2, track=.3, touch=1.2, detune=12, send=.25), # accordion, harmonica
+    24: Voice("plucked", .002, .8, cutoff=2800, sweep=1.2, fall=.15, touch=1.8, noise=.01), # guitars
+    27: Voice("plucked", .002, .9, cutoff=2200, sweep=1.4, fall=.2, touch=2, detune=4, amp=.5, send=.25, echo=.06), # clean electric
+    29: Voice("plucked", .003, 2.6, release=.05, cutoff=2600, sweep=.8, fall=.4, track=.4, touch=2, detune=4, amp=7), # through an amplifier
+    31: Voice("plucked", .002, .8, cutoff=3500, sweep=1.2, fall=.15, touch=1.8),
+    32: Voice("plucked", .004, .8, release=.08, cutoff=600, sweep=1.3, fall=.12, touch=1.4, detune=0, noise=.01, send=.04), # basses
+    34: Voice("plucked", .002, 1.2, release=.05, cutoff=900, sweep=1.5, fall=.15, touch=1.4, detune=0, drive=1.2, noise=.02, send=.03), # with a pick
+    35: Voice("plucked", .004, .8, release=.08, cutoff=600, sweep=1.3, fall=.12, touch=1.4, detune=0, noise=.01, send=.04),
+    38: Voice("saw", .003, .5, .35, .05, 380, sweep=2.4, fall=.11, touch=1.8, resonance=2.2, detune=0, sub=.25, drive=1, send=.03), # synth bass
     39: Voice("sine", .003, 2.6, release=.09, cutoff=2000, sweep=0, touch=0, detune=0, drive=2.2, legato=True, send=0), # 808 bass
     40: Voice("saw", .06, 1, .85, .15, 3800, sweep=.3, touch=1.2, detune=5, vibrato=14, send=.3), # violin to double bass
-    45: Voice("plucked", .002, .16, release=.15, cutoff=2500, fall=.08, detune=3, send=.3), # pizzicato
-    46: Voice("plucked", .002, 1.2, release=.5, cutoff=2800, detune=1, send=.3), # harp
-    47: Voice("bar", .001, .6, release=.4, cutoff=500, track=.2, touch=1, detune=0, noise=.06, send=.3), # timpani
-    48: Voice("saw", .12, 1, .9, .35, 3000, sweep=.2, fall=.5, touch=1.2, detune=11, vibrato=6, send=.35), # string ensembles
-    52: Voice("voice", .12, 1, .9, .3, 6000, sweep=0, track=0, touch=1, detune=9, vibrato=16, send=.4), # choirs
-    55: Voice("saw", .003, .3, release=.2, cutoff=5000, track=.3, touch=1, detune=14, send=.3), # orchestra hit
+    45: Voice("plucked", .002, .14, release=.15, cutoff=2500, fall=.08, detune=3, gain=1.5, send=.3), # pizzicato
+    46: Voice("plucked", .002, 1, release=.5, cutoff=2800, detune=1, send=.3), # harp
+    47: Voice("bar", .001, .5, release=.4, cutoff=500, track=.2, touch=1, detune=0, noise=.06, send=.3), # timpani
+    48: Voice("saw", .12, 1, .9, .35, 3000, sweep=.2, fall=.5, touch=1.2, detune=12, pairs=2, vibrato=6, send=.35), # string ensembles
+    52: Voice("voice", .12, 1, .9, .3, 6000, sweep=0, track=0, touch=1, detune=12, pairs=2, vibrato=16, send=.4), # choirs
+    55: Voice("saw", .003, .3, release=.2, cutoff=5000, track=.3, touch=1, detune=14, pairs=2, gain=1.3, send=.3), # orchestra hit
     56: Voice("saw", .025, .6, .8, .08, 2400, sweep=1.1, fall=.09, track=.6, touch=2, detune=4, vibrato=6), # brass
     64: Voice("reed", .02, .6, .85, .07, 3500, sweep=.4, fall=.1, track=.6, vibrato=12, noise=.005), # saxophones, oboe, clarinet
-    72: Voice("flute", .04, .5, .85, .08, 4000, sweep=0, track=.6, touch=1.2, detune=1, vibrato=14, noise=.02, send=.28), # flutes
-    80: Voice("square", .003, .4, .7, .06, 5000, sweep=.8, fall=.15, touch=1, detune=3, vibrato=5), # square lead
-    81: Voice("saw", .004, .5, .7, .09, 5000, touch=1.2, detune=9, vibrato=5), # saw leads
-    88: Voice("saw", .35, 2, .85, .7, 2000, sweep=.8, fall=1.2, touch=1, detune=13, vibrato=4, send=.4), # pads
-    96: Voice((2, 3), .02, 2, .5, .6, 1500, fall=.8, detune=8, send=.4), # effects
-    104: Voice("plucked", .001, .5, cutoff=3500, fall=.1, track=.4, resonance=1.2, detune=1), # sitar, banjo, koto
+    72: Voice("flute", .04, .5, .85, .08, 4000, sweep=0, track=.6, touch=1.2, detune=1, vibrato=14, noise=.02, send=.28, echo=.06), # flutes
+}
+
+# %% ../nbs/0_shared/02a_voices.ipynb #386c106b
+VOICES |= {
+    80: Voice("square", .003, .4, .7, .06, 5000, sweep=.8, fall=.15, touch=1, detune=3, vibrato=5, send=.15, echo=.15), # square lead
+    81: Voice("saw", .004, .5, .7, .09, 5000, touch=1.2, detune=14, pairs=2, vibrato=5, echo=.2), # saw leads
+    82: Voice("triangle", .003, sustain=1, release=.02, cutoff=12000, sweep=0, track=0, touch=0, detune=0, send=0), # triangle of a games console
+    83: Voice("thin", .003, .3, .7, .03, 14000, sweep=0, track=0, touch=0, detune=0, vibrato=12, send=.03, echo=.1), # and its thin pulse
+    84: Voice("pulse", .004, .5, .6, .09, 5000, touch=1.2, detune=6, vibrato=6, echo=.2), # other leads
+    87: Voice("saw", .006, 1, .9, .06, 330, sweep=.6, sway=(.9, .45), track=.3, touch=1, resonance=1.6, detune=24, sub=.7, drive=.8,
+              legato=True, send=.02), # two saws that beat against each other: the bass of drum and bass
+    88: Voice("saw", .35, 2, .85, .7, 2000, sweep=.8, fall=1.2, sway=(.4, .13), touch=1, detune=13, vibrato=4, send=.4), # pads
+    90: Voice("saw", .005, .6, .6, .15, 5200, sweep=.8, track=.3, touch=1.6, detune=24, pairs=3, send=.25, echo=.1), # supersaw
+    91: Voice("voice", .35, 2, .9, .7, 5000, sweep=0, track=0, sway=(.3, .13), touch=1, detune=12, vibrato=6, send=.4), # more pads
+    96: Voice((2, 3), .02, 2, .5, .6, 1500, fall=.8, detune=8, send=.4, echo=.15), # effects
+    104: Voice("plucked", .001, .45, cutoff=3500, fall=.1, track=.4, resonance=1.2, detune=1, echo=.1), # sitar, banjo, koto
     109: Voice("reed", .03, .5, .9, .05, 4000, sweep=0, touch=1, detune=3), # bagpipe, fiddle, shanai
-    112: Voice((5, 7), .001, .3, release=.2, cutoff=2500, sweep=1.5, fall=.1, detune=1, send=.25), # percussive
+    112: Voice((5, 7), .001, .25, release=.2, cutoff=2500, sweep=1.5, fall=.1, detune=1, gain=1.6, send=.25), # percussive
     120: Voice("saw", .05, .5, .3, .2, 1500, track=.3, touch=1, detune=8, send=.3), # sound effects
 }
 

@@ -6,9 +6,10 @@ import pytest
 
 from musiclab.audio import silence
 from musiclab.core import MusiclabError
-from musiclab.drums import ACOUSTIC, ELECTRONIC, TR808, drum
+from musiclab.drums import CONSOLE, DUSTY, KITS, TR808, drum
+from musiclab.effects import amplify, echo, limit, master, peaks, tape
 from musiclab.midi import Part, Song, notes, read
-from musiclab.synth import channel, limit, master, peaks, pumping, render
+from musiclab.synth import channel, pumping, render
 from musiclab.voices import VOICES, WAVES, hertz, oscillate, play, table, voice_of
 
 rate = 44100
@@ -85,10 +86,39 @@ def test_a_closed_hat_mutes_an_open_one():
     np.testing.assert_allclose(both[:at - 500], alone[:at - 500], atol=1e-6)
 
 
-@pytest.mark.parametrize("kit", [ACOUSTIC, ELECTRONIC, TR808])
+@pytest.mark.parametrize("kit", KITS)
 def test_the_kick_is_tuned(kit):
     for root in (41.2, 61.7): # E and B
-        assert abs(loudest(drum(36, kit, root, rate)[0, int(.1 * rate):], 30, 100) - root) < 4
+        assert abs(loudest(drum(36, kit, root, rate)[0, int(.1 * rate):], 30, 100) - root) < 6
+
+
+@pytest.mark.parametrize("kit", KITS)
+def test_every_drum_of_every_kit(kit):
+    for pitch in range(27, 88):
+        sound = drum(pitch, kit, 48.0, 22050)
+        assert sound.dtype == np.float32 and np.isfinite(sound).all() and .01 < np.abs(sound).max() < 3
+        assert np.abs(sound[:, -20:]).max() < .02 * np.abs(sound).max() or pitch == 30 # no click where it ends; the riser does end at its top
+
+
+def centroid(sound):
+    power = np.abs(np.fft.rfft(sound)) ** 2
+    return float((power @ np.fft.rfftfreq(sound.shape[-1], 1 / rate)).sum() / power.sum())
+
+
+def test_soft_strokes_are_darker_and_kits_differ():
+    for pitch in (38, 42):
+        bright = [centroid(drum(pitch, TR808, 48.0, rate, soft)) for soft in range(4)]
+        assert sorted(bright, reverse=True) == bright and bright[3] < .9 * bright[0]
+    snares = [centroid(drum(38, kit, 48.0, rate)) for kit in KITS]
+    assert centroid(drum(38, DUSTY, 48.0, rate)) == min(snares) and len({round(one) for one in snares}) == len(KITS)
+    levels = np.unique(np.abs(drum(42, CONSOLE, 48.0, rate)[0]).round(4))
+    assert len(levels) > 15
+
+
+def test_a_riser_is_as_long_as_its_note_and_ends_at_its_top():
+    sound = channel(Part("kit", TR808, True, notes([(0, 1920, 30, 100)])), Song(tempos=[(0, 120.0)]), rate, 3 * rate)
+    level = np.abs(sound[0]).reshape(30, -1).max(axis=1) # of tenths of a second; the riser takes 2 seconds
+    assert level[19] > 2 * level[5] and level[21:].max() < .02 * level.max()
 
 
 def test_the_fader_the_pan_and_the_pump(sketch):
@@ -117,6 +147,48 @@ def test_other_rates_sound_alike(sketch, other):
     power = lambda sound: np.square(np.abs(np.fft.rfft(sound.samples[0] / np.abs(sound.samples).mean())))
     low = lambda sound: power(sound)[:int(300 * sound.seconds)].sum() / power(sound).sum()
     assert low(sound) == pytest.approx(low(render(sketch)), abs=.1)
+
+
+def test_chords_go_through_the_amplifier_together():
+    "A fifth, driven: the octave below appears, which neither note has."
+    guitar = lambda *pitches: channel(Part("guitar", 30, notes=notes([(0, 960, pitch, 110) for pitch in pitches])), Song(), rate, rate)[0]
+    def at(sound, hz): return np.abs(np.fft.rfft(sound * np.hanning(len(sound))))[round(hz) - 2:round(hz) + 3].max()
+    both, low, high = guitar(57, 64), guitar(57), guitar(64)
+    assert at(both, 110) > 10 * max(at(low, 110), at(high, 110)) # A3 and E4 give A2
+    assert np.abs(np.fft.rfft(both))[9000:].max() < 1e-3 * np.abs(np.fft.rfft(both)).max() # the loudspeaker
+    quiet = np.random.default_rng(0).standard_normal((2, rate)).astype(np.float32)
+    assert np.abs(amplify(quiet, rate, 8)).max() < 2
+
+
+def test_echoes_come_in_time_from_both_sides():
+    click = np.zeros((2, 2 * rate), np.float32)
+    click[:, 1000] = 1
+    back = echo(click, rate, .25)
+    tops = [int(np.abs(back[:, i * rate // 4:(i + 1) * rate // 4]).sum(axis=0).argmax()) for i in range(1, 5)]
+    assert all(abs(top - 1000) < 20 for top in tops)
+    level = np.abs(back).reshape(2, 8, -1).max(axis=2)
+    assert (np.diff(level.sum(axis=0)[1:6]) < 0).all() and not np.abs(back[:, :rate // 4]).max() > 1e-3
+    assert [level[0, i] > level[1, i] for i in range(1, 5)] == [False, True, False, True]
+
+
+def test_tape_wavers_and_keeps_time():
+    t = np.arange(3 * rate) / rate
+    tone = np.stack([np.sin(2 * np.pi * 440 * t)] * 2).astype(np.float32)
+    worn = tape(tone, rate, 30)[0]
+    crossings = np.flatnonzero(np.diff(np.signbit(worn).astype(int)) > 0) / rate
+    cents = 1200 * np.log2(10 / (crossings[10:] - crossings[:-10]) / 440)
+    assert 15 < cents.max() < 35 and -35 < cents.min() < -15 and abs(cents.mean()) < 8
+
+
+def test_programs_differ():
+    "Every voice has a sound of its own."
+    marks = {}
+    for first in VOICES:
+        sound = play(voice_of(first), ((0.0, 60),), .5, 100, 22050)[0][:11025]
+        power = np.log(np.abs(np.fft.rfft(sound, 16384)).reshape(-1)[:8192].reshape(64, -1).mean(axis=1) + 1e-3)
+        marks[first] = np.concatenate([power, np.log(np.abs(np.pad(sound, (0, 11025 - len(sound)))).reshape(9, -1).mean(axis=1) + 1e-3)])
+    alike = [(a, b) for a in marks for b in marks if a < b and np.abs(marks[a] - marks[b]).mean() < .01]
+    assert [pair for pair in alike if pair != (32, 35)] == []
 
 
 def test_no_clicks():

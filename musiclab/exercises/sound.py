@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['audio_1', 'audio_2', 'band_1', 'compose_1', 'core_1', 'decode_1', 'decode_2', 'drums_1', 'dsp_1', 'dsp_2',
-           'harmony_1', 'smf_1', 'midi_1', 'midi_2', 'styles_1', 'synth_1', 'voices_1']
+           'effects_1', 'hands_1', 'harmony_1', 'machines_1', 'melody_1', 'midi_1', 'midi_2', 'smf_1', 'styles_1',
+           'synth_1', 'voices_1', 'words_1']
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #af0aa9e9
 def audio_1(fade) -> None:
@@ -36,7 +37,7 @@ def audio_2(widen) -> None:
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #480349b4
 def band_1(euclid) -> None:
-    "Exercise of `03b_band`: Euclidean rhythms."
+    "Exercise of `03c_band`: Euclidean rhythms."
     three = euclid(3, 8)
     assert three is not None, "The function returns nothing yet: end it with `return …`."
     assert isinstance(three, str) and len(three) == 8 and set(three) <= {"x", "."}, "Return a pattern: a text of 8 symbols, x or a dot."
@@ -52,8 +53,8 @@ def band_1(euclid) -> None:
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #0568d86e
 def compose_1(style) -> None:
     "Exercise of `04_compose`: a style of one's own."
-    from musiclab.band import read_pattern
-    from musiclab.compose import plan, perform
+    from musiclab.compose import perform, plan
+    from musiclab.melody import read_pattern
     from musiclab.styles import HIP_HOP
     assert style is not Ellipsis and style is not None, "There is no style yet: make one with `replace(HIP_HOP, …)`."
     assert style.name != HIP_HOP.name, "Give it a name of its own."
@@ -138,6 +139,41 @@ def dsp_2(chipmunk) -> None:
     fifth = pitch(chipmunk(tone, 16000, 7))
     assert abs(fifth - 659.3) < 4, f"Seven semitones above 440 Hz is 659 Hz, this is {fifth:.0f} Hz: each semitone multiplies by 2 ** (1/12)."
 
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #ac0cc43b
+def effects_1(dub) -> None:
+    "Exercise of `02c_effects`: a dub echo."
+    import numpy as np
+    from musiclab.audio import Audio
+    samples = np.zeros((2, 3000), np.float32)
+    samples[:, 100] = 0.8
+    sound = Audio(samples, 1000)
+    heard = dub(sound, 0.5, 0.5)
+    assert heard is not None, "The function returns nothing yet: end it with `return …`."
+    assert isinstance(heard, Audio) and heard.rate == 1000, "Return an Audio of the same rate."
+    y = heard.samples[0]
+    assert abs(y[100] - 0.8) < 1e-6, "The sound itself should stay as it is."
+    assert abs(y[600] - 0.4) < 1e-6, "Half a second later it should come back at half the strength."
+    assert abs(y[1100] - 0.2) < 1e-6, "The echo has an echo: a second later there should be a quarter."
+    assert np.count_nonzero(np.abs(y) > 1e-6) >= 4 and samples[0, 600] == 0, "Go on with the echoes, and leave the original samples as they are."
+
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #e1b92f82
+def hands_1(style) -> None:
+    "Exercise of `03g_hands`: rock, unplugged."
+    from musiclab.band import block
+    from musiclab.hands import ROCK
+    from musiclab.styles import proofread, taste
+    assert style is not Ellipsis and style is not None, "There is no style yet: make one with `replace(ROCK, …)`."
+    assert style.name != ROCK.name, "Give it a name of its own."
+    proofread(style)
+    assert all(program not in (27, 28, 29, 30, 31, 81) for role, player in style.players.items() if not player.drums
+               for _, program in player.sounds), "Somebody is still plugged in: programs 27 to 31 are electric guitars, 81 is a synthesiser."
+    assert all(program == 40 for _, program in style.players["drums"].sounds), "The drummer should take the brushes, program 40."
+    guitars = [style.players[role] for role in ("left", "right")]
+    assert all(player.play is block for player in guitars), "The guitars should play whole chords: `play=block`, with a register of 0 or so."
+    assert all(player.spread > 0 for player in guitars), "Strum: a hand needs time to cross the strings. Try spread=0.1."
+    song = taste(style)
+    assert all(0 <= pitch <= 100 for part in song.parts for pitch in part.notes["pitch"]), "Some notes are very high: `register` of a block counts semitones up from the voicing, so 0 is right."
+
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #25cfefe2
 def harmony_1(relative) -> None:
     "Exercise of `03a_harmony`: the relative key."
@@ -152,17 +188,27 @@ def harmony_1(relative) -> None:
             one, other = Key(tonic, mode), relative(Key(tonic, mode))
             assert one.sharps == other.sharps, f"{one.name} and {other.name} should have the same notes."
 
-# %% ../../nbs/5_tools/53a_checks_sound.ipynb #6d10581a
-def smf_1(count_notes) -> None:
-    "Exercise of `0_shared/01a_smf`: how many notes a track has."
-    from musiclab.smf import mend
-    track = mend(b"\x00\x90\x3c\x64\x83\x60\x80\x3c\x00\x00\xff\x03\x03\x90\x3c\x64\x00\xc0\x05\x00\x99\x24\x64\x10\x99\x24\x00")[0]
-    answer = count_notes(track)
-    assert answer is not None, "The function returns nothing yet: end it with `return …`."
-    assert answer != 4, "There is a track name whose letters look like a note-on: skip a meta event (0xFF, kind, length) whole."
-    assert answer != 3, "A note-on with the velocity 0 is a note-off."
-    assert answer == 2, f"There are two notes, one of them on the drums' channel; you have {answer}. A program change (0xC0 to 0xDF) has a single data byte."
-    assert count_notes(mend(b"")[0]) == 0, "A track may have no notes at all."
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #50ad2e4a
+def machines_1(style) -> None:
+    "Exercise of `03f_machines`: house."
+    from musiclab.machines import TECHNO
+    from musiclab.styles import proofread
+    assert style is not Ellipsis and style is not None, "There is no style yet: make one with `replace(TECHNO, …)`."
+    assert style.name != TECHNO.name, "Give it a name of its own."
+    assert 118 <= style.bpm[0] <= style.bpm[1] <= 126, f"House goes at 118 to 126 a minute, yours at {style.bpm[0]} to {style.bpm[1]}."
+    proofread(style)
+    numerals = " ".join(progression for lists in style.progressions.values() for kind in lists.values() for progression in kind).split()
+    assert sum("7" in numeral or "9" in numeral for numeral in numerals) * 2 >= len(numerals), "At least half of the chords should have a seventh: i7, VImaj7, iv9, …"
+    assert all(program < 8 for _, program in style.players["stab"].sounds), "The stabs belong to a piano: sounds=((\"piano\", 0),)."
+
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #4969d4d2
+def melody_1(leapiness) -> None:
+    "Exercise of `03b_melody`: the share of leaps."
+    assert leapiness([0, 1, 2, 1, 0]) is not None, "The function returns nothing yet: end it with `return …`."
+    assert leapiness([0, 1, 2, 1, 0]) == 0, "A melody of steps has no leaps."
+    assert abs(leapiness([0, 2, 1, -1, 0]) - 0.5) < 1e-9, "0 2 1 -1 0 makes four moves, two of them larger than 1 (downwards counts too): 0.5."
+    assert leapiness([3, 3, 3]) == 0, "Repeated notes are no leaps."
+    assert leapiness([3]) == 0, "A single note makes no move: answer 0 instead of dividing by zero."
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #b465b08c
 def midi_1(swing) -> None:
@@ -193,10 +239,23 @@ def midi_2(density) -> None:
     assert counts[1] == 1, "A note that starts exactly on a bar line belongs to the bar that begins there: side='right', then one back."
     assert counts == [2, 1, 0, 1], f"Expected 2, 1, 0, 1 and got {counts}: count the notes of all parts, drums too."
 
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #6d10581a
+def smf_1(count_notes) -> None:
+    "Exercise of `0_shared/01a_smf`: how many notes a track has."
+    from musiclab.smf import mend
+    track = mend(b"\x00\x90\x3c\x64\x83\x60\x80\x3c\x00\x00\xff\x03\x03\x90\x3c\x64\x00\xc0\x05\x00\x99\x24\x64\x10\x99\x24\x00")[0]
+    answer = count_notes(track)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer != 4, "There is a track name whose letters look like a note-on: skip a meta event (0xFF, kind, length) whole."
+    assert answer != 3, "A note-on with the velocity 0 is a note-off."
+    assert answer == 2, f"There are two notes, one of them on the drums' channel; you have {answer}. A program change (0xC0 to 0xDF) has a single data byte."
+    assert count_notes(mend(b"")[0]) == 0, "A track may have no notes at all."
+
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #18e51bee
 def styles_1(groove) -> None:
-    "Exercise of `03c_styles`: a rock groove."
-    from musiclab.band import KIT, read_pattern
+    "Exercise of `03e_styles`: a rock groove."
+    from musiclab.band import KIT
+    from musiclab.melody import read_pattern
     assert groove and groove is not Ellipsis, "There is no groove yet: a dictionary from a piece of the kit to a tuple of patterns."
     for name, patterns in groove.items():
         assert name in KIT or name == "fill", f"{name!r} is no piece of the kit; there are {', '.join(KIT)}."
@@ -208,21 +267,20 @@ def styles_1(groove) -> None:
     assert all(set(range(0, 16, 2)) <= bar | other for bar in strokes.get("hat", [set()]) for other in strokes.get("open", [set()])), "The hats, closed or open, run in eighths: every second step."
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #cecd675e
-def synth_1(echo) -> None:
-    "Exercise of `03_synth`: an echo."
+def synth_1(fade_out) -> None:
+    "Exercise of `03_synth`: a song that fades out."
     import numpy as np
-    from musiclab.audio import Audio
-    samples = np.zeros((2, 3000), np.float32)
-    samples[:, 100] = 0.8
-    sound = Audio(samples, 1000)
-    heard = echo(sound, 0.5, 0.5)
-    assert heard is not None, "The function returns nothing yet: end it with `return …`."
-    assert isinstance(heard, Audio) and heard.rate == 1000, "Return an Audio of the same rate."
-    y = heard.samples[0]
-    assert abs(y[100] - 0.8) < 1e-6, "The sound itself should stay as it is."
-    assert abs(y[600] - 0.4) < 1e-6, "Half a second later it should come back at half the strength."
-    assert abs(y[1100] - 0.2) < 1e-6, "The echo has an echo: a second later there should be a quarter."
-    assert np.count_nonzero(np.abs(y) > 1e-6) >= 4 and samples[0, 600] == 0, "Go on with the echoes, and leave the original samples as they are."
+    from musiclab.midi import Part, Song, notes
+    song = Song([Part("a", notes=notes([(960 * i, 960, 60, 100) for i in range(10)])), Part("b", drums=True, notes=notes([(9600 - 240, 240, 38, 3)]))])
+    faded = fade_out(song, 4.0)
+    assert faded is not None, "The function returns nothing yet: end it with `return …`."
+    assert isinstance(faded, Song) and len(faded.parts) == 2, "Return a Song with the same parts: `dataclasses.replace` helps."
+    assert np.all(song.parts[0].notes["velocity"] == 100), "The original has changed: work on copies of the notes."
+    loud = faded.parts[0].notes["velocity"].tolist()
+    assert loud[:7] == [100] * 7, "The song lasts 10 seconds; before the last 4 of them nothing should change."
+    assert all(abs(velocity - want) <= 1 for velocity, want in zip(loud[7:], (75, 50, 25))), f"The last three notes begin 3, 2 and 1 seconds before the end, so they should have 75, 50 and 25 % of their velocity, not {loud[7:]}. Times are in ticks: `song.seconds_at`."
+    assert faded.parts[1].notes["velocity"].tolist() == [1], "A note of velocity 0 is no note: stay at 1 or above."
+    assert np.array_equal(faded.parts[0].notes["start"], song.parts[0].notes["start"]), "Only velocities should change."
 
 # %% ../../nbs/5_tools/53a_checks_sound.ipynb #4ecaaaa6
 def voices_1(tremolo) -> None:
@@ -238,3 +296,15 @@ def voices_1(tremolo) -> None:
     assert abs(level.min() - 0.4) < 0.01 and abs(level.max() - 1) < 0.01, f"The level swings from {level.min():.2f} to {level.max():.2f}; for depth 0.6 it should be 0.4 to 1."
     turns = np.count_nonzero(np.diff(level > 0.7))
     assert 9 <= turns <= 11, f"It passes its middle {turns} times in a second; 5 Hz pass it 10 times."
+
+# %% ../../nbs/5_tools/53a_checks_sound.ipynb #29959d8d
+def words_1(read_lyrics) -> None:
+    "Exercise of `03d_words`: lyrics as a model reads them."
+    text = "[Verse]\none line\nits rhyme\n\n[Chorus]\nla la\n\n[Verse]\nanother line\n"
+    blocks = read_lyrics(text)
+    assert blocks is not None, "The function returns nothing yet: end it with `return …`."
+    blocks = [(name, list(lines)) for name, lines in blocks]
+    assert [name for name, _ in blocks] == ["verse", "chorus", "verse"], f"The blocks should be verse, chorus, verse, in small letters without brackets, not {[name for name, _ in blocks]}."
+    assert blocks[0][1] == ["one line", "its rhyme"], f"The first verse has two lines, and no empty ones: {blocks[0][1]}."
+    assert blocks[2][1] == ["another line"], "The last block counts too, even though nothing follows it."
+    assert read_lyrics("") == [], "Instrumental music has no words: the empty text gives an empty list."
