@@ -94,6 +94,22 @@ def _joins(style: Style, section: Section) -> dict[str, float]:
     half = (section.bars + 1) // 2 * section.steps if section.turn == 0 and section.bars > 1 else 0
     return {role.rstrip("+"): half * role.endswith("+") for role in style.heard[section.name].split()}
 
+def _release(rows):
+    "Let go of each key before it is struck again; of two strokes at once the stronger is left."
+    played, last = [], {}
+    for start, length, pitch, velocity in sorted(rows):
+        if pitch in last:
+            i = last[pitch]
+            begun, held, _, loud = played[i]
+            if begun == start:
+                played[i] = start, max(held, length), pitch, max(loud, velocity)
+                continue
+            played[i] = begun, min(held, start - begun), pitch, loud
+        last[pitch] = len(played)
+        played.append((start, length, pitch, velocity))
+    return played
+
+# %% ../nbs/0_shared/04_compose.ipynb #ad7a9626
 def perform(
     style: Style,
     role: str, # which of its players
@@ -112,7 +128,7 @@ def perform(
             loud = velocity * (first + (last - first) * at / (section.bars * section.steps)) + feel.uniform(-5, 5)
             start = max(0, round((section.start * section.steps + at + late) * STEP))
             if at >= joins[role]: rows.append((start, max(1, round(length * STEP)), pitch, min(max(round(loud), 1), 127)))
-    return Part(sound[0], sound[1], player.drums, notes(rows), player.volume, player.pan)
+    return Part(sound[0], sound[1], player.drums, notes(_release(rows)), player.volume, player.pan)
 
 # %% ../nbs/0_shared/04_compose.ipynb #10cf536f
 @dataclass(frozen=True, eq=False)

@@ -238,9 +238,9 @@ def test_a_data_set_is_read_back(tmp_path):
 
 
 def test_a_data_set_of_notes(tmp_path):
-    folder = dataset(tmp_path, n=2, seconds=10, format="mid", styles=("techno",))
+    folder = dataset(tmp_path, n=2 * len(STYLES), seconds=20, format="mid")
     songs = [read(path) for path in sorted(folder.glob("*.mid"))]
-    assert len(songs) == 2 and all(song.keys and song.markers and not song.warnings for song in songs)
+    assert len(songs) == 2 * len(STYLES) and all(song.keys and song.markers and not song.warnings for song in songs)
     assert load(dataset(tmp_path/"sound", 1, seconds=4, rate=8000).joinpath("000_808_hip_hop.flac")).rate == 8000
 
 
