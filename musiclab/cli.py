@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from . import __version__
-from .commands_museformer import museformer_app
 from .cli_audiocraft import app as audiocraft_app
+from .commands_writing import museformer_app
 from .core import MusiclabError
 
 # %% ../nbs/5_tools/51_cli.ipynb #19352086
@@ -278,17 +278,20 @@ def generate(
 
     Example: `musiclab generate --model facebook/musicgen-small --adapter output --prompt "808 hip hop beat" --seconds 20 --out beat.wav`
     """
-    from musiclab import audio, recipes
+    from musiclab import audio, midi, recipes
     from musiclab.core import fetch
+    from musiclab.museformer.generate import write_song
+    open_start = midi.read if start and start.suffix.lower() in (".mid", ".midi") else audio.load
     make = recipes.look_up(recipes.family_of(fetch(model)).generate)
     settings = dict(seconds=seconds, seed=seed, guidance=guidance, temperature=temperature, top_k=top_k, strength=strength)
     prompts = prompt or [""]
-    pieces = make(model, prompts, **settings, adapter=recipes.result_in(adapter) if adapter else None, start=audio.load(start) if start else None,
+    pieces = make(model, prompts, **settings, adapter=recipes.result_in(adapter) if adapter else None, start=open_start(start) if start else None,
                   device=device, dtype="auto" if precision == "int8" else precision, int8=precision == "int8")
     for i, (text, piece) in enumerate(zip(prompts, pieces)):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i:02d}")
         written = settings | {"seed": seed + i, "model": model, "prompt": text, "adapter": str(adapter) if adapter else None, "precision": precision}
-        piece.save(path, params=written)
+        if hasattr(piece, "samples"): piece.save(path, params=written)
+        else: write_song(piece, path, written)
         typer.echo(f"wrote {path}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #b4ec947b

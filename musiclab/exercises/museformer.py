@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['vocabulary_1', 'grid_1', 'chords_1', 'encoding_1', 'tokenizer_1', 'grammar_1', 'preprocess_1', 'commands_1',
-           'metrics_1']
+           'metrics_1', 'layout_1', 'attention_1', 'flex_1', 'model_1', 'data_1', 'train_1', 'cache_1', 'generate_1',
+           'infill_1', 'writing_1']
 
 # %% ../../nbs/5_tools/53g_checks_museformer.ipynb #48d08a90
 def vocabulary_1(tempo_tokens) -> None:
@@ -122,3 +123,118 @@ def metrics_1(together) -> None:
     assert answer is not None, "The function returns nothing yet: end it with `return …`."
     assert not np.isclose(answer, 2.5), "Bars repeat their offsets: count by `step`, which goes through the whole piece."
     assert np.isclose(answer, 5 / 3), f"Five notes begin at three steps, 1.67 in the mean; you have {answer}."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #d468ad72
+def layout_1(shares) -> None:
+    "Exercise of `4_museformer/44_layout`: tokens of each instrument."
+    from musiclab.museformer.layout import lay_out
+    at = lay_out([1, 3, 10, 20, 4, 108, 122, 55, 192, 361, 358, 4, 120, 55, 268, 361, 4, 2])
+    answer = shares(at)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert sum(answer.values()) == 18, f"The piece has 18 tokens, yours add up to {sum(answer.values())}."
+    assert {int(who): int(n) for who, n in answer.items()} == {-1: 7, 33: 6, 128: 5}, f"`at.instrument` says it for every token: 7 of nobody, 6 of the bass (33), 5 of the drums (128); you have {answer}."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #375d3392
+def attention_1(keys_read) -> None:
+    "Exercise of `4_museformer/44a_attention`: how much a token reads."
+    import numpy as np
+    from musiclab.museformer.layout import lay_out
+    at = lay_out([1, 3, 4, 3, 4, 3, 4])
+    everything = keys_read(at, None)
+    assert everything is not None, "The function returns nothing yet: end it with `return …`."
+    assert not np.isclose(everything, 28), "That is the sum over all queries: divide by their number."
+    assert np.isclose(everything, 4), f"Of seven tokens the first reads 1, the last 7: 4 in the mean; you have {everything}."
+    assert np.isclose(keys_read(at, (0,)), 18 / 7), f"With F = (0,) tokens read their own bar and all summaries, 18 keys for 7 tokens; you have {keys_read(at, (0,))}."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #c871a302
+def flex_1(spared) -> None:
+    "Exercise of `4_museformer/44b_flex`: blocks of summaries, blocks that are spared."
+    import numpy as np
+    from torch import Tensor
+    from musiclab.museformer.attention import PRESETS
+    from musiclab.museformer.flex import block_table
+    from musiclab.museformer.layout import lay_out
+    at = lay_out(np.tile([3, 4] + [104, 121, 55, 192, 361, 358, 4] * 6, 40))
+    answer = spared(at)
+    assert answer is not None, "The function returns nothing yet: end it with `return blocks, share`."
+    blocks, share = answer
+    assert blocks != 280, "Those are the summaries; 128 of them make a block."
+    assert blocks == 3, f"280 summaries need 3 blocks of 128; you have {blocks}."
+    counts = block_table(at.map(Tensor.numpy), PRESETS["window"])[0]
+    right = 1 - counts.sum() / (len(counts) * (len(counts) + 1) / 2)
+    assert np.isclose(share, right, atol=0.01), f"{counts.sum()} blocks are visited of {len(counts) * (len(counts) + 1) // 2} causal ones, so {right:.2f} are spared; you have {share}."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #f55ad237
+def model_1(count) -> None:
+    "Exercise of `4_museformer/45_model`: the size of a model."
+    rows = 24576 + 2048 + 4096 + 1024 + 129 + 415 + 415
+    answer = count(256, 6, rows)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer != 16 * 256**2 * 6, "Those are the layers; the tables have `rows` rows of `width` numbers."
+    assert answer == 16 * 256**2 * 6 + rows * 256, f"16·256²·6 for the layers and {rows}·256 for the tables make {16 * 256**2 * 6 + rows * 256:,}; you have {answer:,}."
+    assert count(512, 8, 100) == 16 * 512**2 * 8 + 51200, "It works for one size only: use width, layers and rows."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #ced475ef
+def data_1(faster) -> None:
+    "Exercise of `4_museformer/46_data`: another tempo."
+    import numpy as np
+    answer = faster(np.array([1, 3, 10, 20, 29, 47, 4, 3, 38, 54, 4, 2]), 10)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert len(answer) == 12, "Tempos change in place: the row stays as long as it was."
+    assert list(answer[4:6]) != [29, 57], "120 + 10 = 130 is 16 + 16·7 + 2: when the low digit overflows, the high one grows."
+    assert list(answer[4:6]) == [30, 41], f"120 becomes 130, which is TMPH_7 TMPL_2 (30, 41); you have {list(answer[4:6])}."
+    assert list(answer[8:10]) == [38, 54], f"271 is the fastest there is and stays; you have {list(answer[8:10])}."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #7574e714
+def train_1(figures) -> None:
+    "Exercise of `4_museformer/46a_train`: perplexity and bits."
+    import math
+    answer = figures({"loss": 2.0, "parts": {"token": 2.0, "note": 8.0}})
+    assert answer is not None, "The function returns nothing yet: end it with `return perplexity, bits`."
+    perplexity, bits = answer
+    assert math.isclose(perplexity, math.exp(2)), f"Perplexity is e to the loss per token, {math.exp(2):.2f} here; you have {perplexity}."
+    assert not math.isclose(bits, 8), "8 are nats; a nat is 1 / ln 2 bits."
+    assert math.isclose(bits, 8 / math.log(2)), f"8 nats are {8 / math.log(2):.2f} bits; you have {bits}."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #b2e39cdc
+def cache_1(memory) -> None:
+    "Exercise of `4_museformer/47_cache`: the bytes of keys and values."
+    answer = memory(1000)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer != 1000 * 6 * 256 * 4, "Those are the keys alone; there are values, too."
+    assert answer == 1000 * 6 * 256 * 4 * 2, f"1,000 tokens × 6 layers × 256 numbers × 4 bytes × 2 make {1000 * 6 * 256 * 8:,}; you have {answer:,}."
+    assert memory(10, 8, 512) == 10 * 8 * 512 * 8, "It works for one size only: use layers and width."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #dd7681d1
+def generate_1(choices) -> None:
+    "Exercise of `4_museformer/48_generate`: how many tokens are left to choose among."
+    import torch
+    scores = torch.log(torch.tensor([0.08, 0.6, 0.02, 0.3]))
+    answer = choices(scores, 0.85)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert answer == 2, f"0.6 alone is less than 0.85, 0.6 and 0.3 are enough: 2 tokens; you have {answer}."
+    assert choices(scores, 0.5) == 1, "The best token always stays, and here it is enough."
+    assert choices(scores + 5, 1.0) == 4, "Scores are no chances yet: take their softmax first."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #331accf5
+def infill_1(rests) -> None:
+    "Exercise of `4_museformer/48a_infill`: the bars in which a part rests."
+    bass = [108, 122, 55, 192, 361, 358, 4]
+    piece = [1, 3, 10, 20, 4, *bass, 3, 4, 120, 55, 268, 361, 4, 3, 4, *bass, 3, 4, 2]
+    answer = rests(piece, 33 * 4)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert list(answer) != [2, 4], "Bars are counted from 0."
+    assert list(answer) == [1, 3], f"The bass plays in bars 0 and 2 of 4, so it rests in 1 and 3; you have {list(answer)}."
+    assert list(rests(piece, 512)) == [0, 2, 3], "The drums (512) play in bar 1 only."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #e565bc96
+def writing_1(album) -> None:
+    "Exercise of `5_tools/50c_commands_writing`: one piece in each of several tempos."
+    import shlex
+    lines = album("output", [80, 120])
+    assert lines is not None, "The function returns nothing yet: end it with `return …`."
+    assert len(lines) == 2, f"Two tempos make two pieces; you have {len(lines)}."
+    words = shlex.split(lines[1])
+    assert words[:3] == ["musiclab", "museformer", "generate"], "Each line begins with musiclab museformer generate."
+    options = dict(zip(words[3::2], words[4::2]))
+    assert options == {"--model": "output", "--tempo": "120", "--bars": "8", "--out": "piece-120.mid"}, f"The second line should ask for 8 bars at 120 from output, in piece-120.mid; it says {options}."
