@@ -59,8 +59,8 @@ def test_pop909_has_bars_of_four_quarters(music):
 
 
 def test_real_music_is_grammatical(music):
-    for path in [*sorted((music/"midi/freedoom").glob("*.mid"))[::25], music/"midi/freedoom/d_e2m8.mid"]:
-        assert mistakes(tokenizer.encode(read(path))[:800]) == [], path.name
+    for path in [*sorted((music/"midi/freedoom").glob("*.mid"))[::40], music/"midi/freedoom/d_e2m8.mid"]:
+        assert mistakes(tokenizer.encode(read(path))[:300]) == [], path.name
 
 
 rows = st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 5000), st.integers(0, 127), st.integers(1, 127)), min_size=1, max_size=25)
@@ -68,7 +68,7 @@ parts = st.lists(st.tuples(st.sampled_from([0, 5, 127]), st.booleans(), rows), m
 meters = st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 40), st.sampled_from([1, 2, 4, 8, 16, 32, 64])), max_size=5, unique_by=lambda m: m[0])
 tempos = st.lists(st.tuples(st.integers(1, 9000), st.floats(5, 500)), max_size=12, unique_by=lambda t: t[0])
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(parts, meters, tempos, st.sampled_from([24, 89, 96, 480]), st.booleans())
 def test_any_song_survives(played, meters, tempos, ppq, chords):
     song = Song([Part(program=program, drums=drums, notes=notes(row)) for program, drums, row in played], [(0, 100.0), *sorted(tempos)],
@@ -77,7 +77,7 @@ def test_any_song_survives(played, meters, tempos, ppq, chords):
     ids = to_tokens(grid, find_chords(grid) if chords else None)
     assert same(from_tokens(ids), grid)
     assert same(to_grid(to_song(grid)), grid)
-    assert mistakes(ids[:200]) == []
+    assert mistakes(ids[:80]) == []
     assert (np.diff(annotate(ids)["bar"]) >= 0).all()
 
 
