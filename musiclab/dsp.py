@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['sinc_weights', 'sinc_blocks', 'has_torchaudio', 'resample_sinc', 'resample', 'hz_to_mel', 'mel_to_hz',
-           'mel_filterbank', 'log_mel', 'in_pieces']
+           'mel_filterbank', 'log_mel', 'cuts', 'in_pieces']
 
 # %% ../nbs/0_shared/00a_dsp.ipynb #33756b26
 import importlib.util
@@ -160,6 +160,16 @@ def log_mel(
     return mel if isinstance(samples, torch.Tensor) else mel.numpy()
 
 # %% ../nbs/0_shared/00a_dsp.ipynb #144185d2
+def cuts(
+    frames: int, # length of the whole
+    piece: int, # frames at once
+    context: int, # frames added on both sides of a piece
+): # of each piece: where its context begins, where it begins itself, where it ends, where its context ends
+    "How a long signal is cut into pieces."
+    for start in range(0, frames, piece):
+        end = min(start + piece, frames)
+        yield max(0, start - context), start, end, min(end + context, frames)
+
 def in_pieces(
     function, # tensor [..., frames · hop_in] -> tensor [..., frames · hop_out]; looks at most `context` frames to either side
     x, # tensor [..., frames · hop_in]; the last frame may be shorter
@@ -170,10 +180,5 @@ def in_pieces(
 ): # [..., frames · hop_out]
     "What a function makes of a long signal in one go, computed piece by piece."
     import torch
-    frames, done = ceil(x.shape[-1] / hop_in), []
-    for start in range(0, frames, piece):
-        end = min(start + piece, frames)
-        first, last = max(0, start - context), min(end + context, frames)
-        y = function(x[..., first * hop_in:last * hop_in])
-        done.append(y[..., (start - first) * hop_out:(end - first) * hop_out])
-    return torch.cat(done, -1)
+    return torch.cat([function(x[..., first * hop_in:last * hop_in])[..., (start - first) * hop_out:(end - first) * hop_out]
+                      for first, start, end, last in cuts(ceil(x.shape[-1] / hop_in), piece, context)], -1)

@@ -139,6 +139,10 @@ TINY = { # part -> what differs from the release in its config.json
                   decoder_block_out_channels=[8, 16, 32, 32], encoder_layers_per_block=[1, 1, 1, 1], decoder_layers_per_block=[1, 1, 1, 1],
                   encoder_qkv_multiscales=[[], [], [5], [5]], decoder_qkv_multiscales=[[], [], [5], [5]], upsample_block_type="interpolate",
                   downsample_block_type="Conv", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407),
+    "vocoder": dict(input_channels=128, depths=[1, 1, 1, 1], dims=[16, 16, 24, 32], kernel_sizes=[7], upsample_rates=[4, 4, 2, 2, 2, 2, 2],
+                    upsample_kernel_sizes=[8, 8, 4, 4, 4, 4, 4], resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3], [1, 3]],
+                    num_mels=32, upsample_initial_channel=128, use_template=False, pre_conv_kernel_size=13, post_conv_kernel_size=13,
+                    sampling_rate=44100, n_fft=2048, win_length=2048, hop_length=512, f_min=40, f_max=16000, n_mels=128),
     "text": dict(model_type="umt5", architectures=["UMT5EncoderModel"], vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
                  feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, pad_token_id=0, eos_token_id=1),
 }
@@ -161,8 +165,9 @@ def tiny_parts() -> dict[str, nn.Module]: # by part
     from diffusers import AutoencoderDC
     from transformers import UMT5Config, UMT5EncoderModel
     from musiclab.ace_step.transformer import Config, Transformer
+    from musiclab.ace_step.vocoder import Vocoder, VocoderConfig
     return {"transformer": Transformer(Config.of(TINY["transformer"]), projectors=True, unused=True),
-            "codec": AutoencoderDC(**TINY["codec"]), "text": UMT5EncoderModel(UMT5Config(**TINY["text"]))}
+            "codec": AutoencoderDC(**TINY["codec"]), "vocoder": Vocoder(VocoderConfig.of(TINY["vocoder"])), "text": UMT5EncoderModel(UMT5Config(**TINY["text"]))}
 
 def tiny_checkpoint(
     folder: str | Path, # where to put it
@@ -172,9 +177,11 @@ def tiny_checkpoint(
     with torch.random.fork_rng(devices=[]): # the caller's random state stays as it was
         torch.manual_seed(seed)
         parts = tiny_parts()
+    from musiclab.ace_step.vocoder import unfolded
     with atomic_folder(folder) as place:
         for part, module in parts.items():
             weights = {name: weight.bfloat16() for name, weight in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
+            if part == "vocoder": weights = unfolded(weights)
             write_part(place, part, TINY[part], weights)
         tiny_text_tokenizer().save_pretrained(place/PARTS["text"])
         tiny_vocabulary(place/FILE)
