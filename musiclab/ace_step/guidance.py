@@ -4,14 +4,14 @@
 __all__ = ['KINDS', 'TAU', 'WEAK_TEXT', 'WEAK_LYRICS', 'WEAK_BLOCKS', 'cfg', 'Momentum', 'apg', 'cfg_star', 'double', 'Guidance',
            'weak_layers']
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #3ed75220
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #856e9b58
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..core import MusiclabError, prepare_imports
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #0bec0621
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #85202190
 def cfg(
     told: Tensor, # velocity with conditions
     untold: Tensor, # without
@@ -20,7 +20,7 @@ def cfg(
     "Classifier-free guidance. Source: Ho and Salimans 2022, arXiv 2207.12598."
     return untold + scale * (told - untold)
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #4ef3d1e5
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #ade6363d
 class Momentum:
     "Differences so far, each weighing less than the next."
     def __init__(self,
@@ -45,12 +45,12 @@ def apg(
     difference = told - untold
     if momentum: difference = momentum(difference)
     if longest: difference = difference * (longest / difference.norm(dim=(-1, -2), keepdim=True)).clamp(max=1)
-    wide, d = told.double() if told.device.type != "mps" else told, difference.to(torch.float32 if told.device.type == "mps" else torch.float64)
-    unit = wide / wide.norm(dim=(-1, -2), keepdim=True).clamp(min=1e-12)
+    exact = torch.float32 if told.device.type == "mps" else torch.float64 # small differences of large arrows
+    d, unit = difference.to(exact), told.to(exact) / told.to(exact).norm(dim=(-1, -2), keepdim=True).clamp(min=1e-12)
     along = (d * unit).sum((-1, -2), keepdim=True) * unit
     return told + (scale - 1) * (d - (1 - parallel) * along).to(told)
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #359cb60a
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #695398f2
 def cfg_star(
     told: Tensor, # velocity with conditions [songs, …]
     untold: Tensor, # without
@@ -73,7 +73,7 @@ def double(
     "A dial for the tags and a dial for the words."
     return (1 - tag_scale) * untold + (tag_scale - lyric_scale) * tags + lyric_scale * told
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #ea8d5451
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #51cfcca8
 KINDS = ("apg", "cfg", "cfg_star")
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Guidance:
     weak_tags: bool = True # compare with a weakened text encoder, not with no text at all
     weak_lyrics: bool = True # compare with a weakened lyric encoder, not with no lyrics at all
     weak_model: bool = True # compare with a weakened transformer
+    as_trained: bool = False # without `weak_lyrics`: hide the lyrics of the untold model, as in training, in place of showing zeros
 
     def __post_init__(self):
         if self.kind not in KINDS: raise MusiclabError(f"unknown kind of guidance {self.kind!r}", "guidance", f"Choose {', '.join(KINDS)}")
@@ -109,7 +110,7 @@ class Guidance:
         progress = (look - first) / max(1, last - first - 1)
         return self.scale - (self.scale - self.least) * progress * self.decay
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #b7ba74fc
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #f2efa51c
 TAU = 0.01 # what the queries of weakened layers are multiplied with
 WEAK_TEXT, WEAK_LYRICS, WEAK_BLOCKS = (12, (8, 9)), (6, (4, 5)), (24, (15, 16, 17, 18, 19)) # depth of the release, and the layers
 
