@@ -4,7 +4,7 @@
 __all__ = ['FRAME', 'SHIFT', 'SCALE', 'frames_in', 'layers', 'reach', 'ask', 'look_around', 'run', 'deep', 'encode_mel',
            'decode_mel', 'windowed', 'Codec', 'open_codec']
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #00fa6881
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #8ed4bbce
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
@@ -22,7 +22,7 @@ prepare_imports()
 from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d, EfficientViTBlock
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #de6980cb
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #a1a33519
 FRAME = 8 * HOP # samples per latent frame
 SHIFT, SCALE = -1.9091, 0.1786 # of latents: what the transformer sees is (encoded - SHIFT) · SCALE
 
@@ -32,7 +32,7 @@ def frames_in(
     "How many latent frames there are in so much time: 10.77 in a second."
     return int(seconds * RATE / HOP / 8)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #818302cb
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #8c6e630f
 def layers(
     coder: nn.Module, # encoder or decoder
 ) -> list[nn.Module]:
@@ -54,7 +54,7 @@ def reach(
 
 
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #2dad69ec
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #9c01baaf
 def ask(
     attention: nn.Module, # of a block
     x: Tensor, # [batch, width, height, columns]
@@ -86,7 +86,7 @@ def look_around(
 
 
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #6c860878
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #457abb4c
 def run(
     modules: Iterable[nn.Module],
     x: Tensor,
@@ -106,7 +106,7 @@ def deep(
         else: x = in_pieces(module, x, piece, 2, hop_in=1 + isinstance(module, DCDownBlock2d), hop_out=1 + isinstance(module, DCUpBlock2d))
     return x
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #991f96b0
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #eef2e06c
 def encode_mel(
     encoder: nn.Module, # of diffusers' AutoencoderDC
     mel: Tensor, # [batch, 2, 128, 8 · frames], scaled to about -1..1
@@ -137,7 +137,7 @@ def decode_mel(
     stretch = 2 ** sum(isinstance(layer, DCUpBlock2d) for layer in shallow)
     return in_pieces(lambda x: exit(run(shallow, x)), x, piece, reach([*shallow, decoder.conv_out], 1), hop_out=stretch)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #d3812966
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #13164784
 def windowed(
     decoder: nn.Module, # of diffusers' AutoencoderDC
     latents: Tensor, # [batch, 8, 16, frames]
@@ -151,12 +151,13 @@ def windowed(
         done.append(decode_mel(decoder, latents[..., first:last])[..., 8 * (start - first):8 * (end - first)])
     return torch.cat(done, -1)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #c97d9f38
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #44f5e5c6
 @dataclass(frozen=True)
 class Codec:
     "Sound to latents and back."
     dcae: nn.Module # mel spectrogram to latents and back: diffusers' AutoencoderDC
     vocoder: Vocoder # mel spectrogram to sound
+    piece: int = 128 # latent frames at once: memory grows with it, the result does not depend on it
 
     @torch.inference_mode()
     def encode(self,
@@ -167,7 +168,7 @@ class Codec:
         sound = torch.from_numpy(audio.with_channels(2).resample(RATE, "sinc").samples)
         sound = F.pad(sound, (0, -sound.shape[1] % FRAME)).to(self.dcae.device)
         mel = ((log_mel(sound, RATE, **MEL) + 11) / 14 - 0.5) / 0.5 # -11 and 3 become -1 and 1
-        latents = encode_mel(self.dcae.encoder, mel[None].to(self.dcae.dtype))[0]
+        latents = encode_mel(self.dcae.encoder, mel[None].to(self.dcae.dtype), self.piece)[0]
         return (latents.float() - SHIFT) * SCALE
 
     @torch.inference_mode()
@@ -177,15 +178,16 @@ class Codec:
     ) -> Audio: # stereo at 44,100 Hz, 4,096 samples per frame
         "The sound of latents of any length."
         z = (latents[None].to(self.dcae.device).float() / SCALE + SHIFT).to(self.dcae.dtype)
-        mel = windowed(self.dcae.decoder, z, window) if window else decode_mel(self.dcae.decoder, z)
-        sound = self.vocoder(((mel[0].float() * 0.5 + 0.5) * 14 - 11).to(self.dcae.dtype))
+        mel = windowed(self.dcae.decoder, z, window) if window else decode_mel(self.dcae.decoder, z, self.piece)
+        sound = self.vocoder(((mel[0].float() * 0.5 + 0.5) * 14 - 11).to(self.dcae.dtype), 16 * self.piece)
         return Audio(sound.float().cpu().numpy(), RATE)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #5f16192f
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #ab620abe
 def open_codec(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     dtype: torch.dtype = torch.float32, # of the weights
     device: str | torch.device = "cpu", # where it will compute
+    piece: int = 128, # latent frames that it takes at once
 ) -> Codec: # frozen, in evaluation mode
     "The codec of a checkpoint: two models that belong together."
     with torch.device("meta"):
@@ -193,4 +195,4 @@ def open_codec(
         vocoder = Vocoder(VocoderConfig.of(read_config(folder, "vocoder")))
     fill(dcae, read_weights(folder, "codec", dtype=dtype, device=device), f"{folder}, codec")
     fill(vocoder, folded(read_weights(folder, "vocoder", dtype=dtype, device=device)), f"{folder}, vocoder")
-    return Codec(dcae.eval().requires_grad_(False), vocoder.eval().requires_grad_(False))
+    return Codec(dcae.eval().requires_grad_(False), vocoder.eval().requires_grad_(False), piece)
