@@ -4,7 +4,7 @@
 __all__ = ['Change', 'LONGEST', 'Retake', 'Resemble', 'Repaint', 'Extend', 'Edit', 'How', 'Dice', 'Studio', 'repainted', 'longer',
            'turned', 'make', 'check', 'spliced']
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #00f2c3db
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #560a437b
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 import numpy as np
@@ -20,7 +20,7 @@ from .vocoder import RATE
 from ..audio import Audio
 from ..core import MusiclabError
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #2ee9131b
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #1c794911
 @dataclass(frozen=True)
 class Retake:
     "The same song once more, a little different."
@@ -63,7 +63,7 @@ class Edit:
 
 Change = Retake | Resemble | Repaint | Extend | Edit
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #6ffe9783
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #08e3981f
 @dataclass(frozen=True)
 class How:
     "How the way is walked. The defaults are the original's."
@@ -93,7 +93,7 @@ class Dice:
         "Fresh noise."
         return torch.stack([torch.randn(8, 16, frames, generator=die) for die in self.dice]).to(self.device)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #1935b731
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #4aba572e
 LONGEST = frames_in(240) # frames that the model knows how to fill
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Studio:
         noise = torch.where(mask, other if isinstance(change, Extend) else blend(noise, other, change.variance), noise)
         return paint_over(self.guide(len(at) - 1), at, song, noise, mask, change.variance, self.stop, self.tick)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #67f568b5
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #29bc2b84
 def repainted(
     studio: Studio,
     song: Tensor, # latents [songs, 8, 16, frames], also longer than 240 s
@@ -180,7 +180,7 @@ def longer(
         left, right, turn = left - before, right - after, turn + 1
     return song
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #f27354b6
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #4fa177bf
 def turned(
     studio: Studio, # told what the song is to become
     song: Tensor, # latents [songs, 8, 16, frames]
@@ -209,7 +209,7 @@ def make(
     if isinstance(change, Extend): return longer(studio, song, frames_in(change.left), frames_in(change.right), change)
     return repainted(studio, song, frames_in(change.start), min(song.shape[-1], frames_in(change.end) + 1), change)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #152f2376
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #08bf3d58
 def check(
     seconds: float, # of new songs
     change: Change | None,
@@ -231,7 +231,7 @@ def check(
     for name in ("variance", "strength"):
         if not 0 <= getattr(change, name, 0) <= 1: raise MusiclabError(f"{getattr(change, name):g} is not between 0 and 1", name)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #64c92b64
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #4366622b
 def spliced(
     new: Audio, # decoded, 44,100 Hz
     change: Change | None,

@@ -165,9 +165,9 @@ def tiny_parts() -> dict[str, nn.Module]: # by part
     from diffusers import AutoencoderDC
     from transformers import UMT5Config, UMT5EncoderModel
     from musiclab.ace_step.transformer import Config, Transformer
-    from musiclab.ace_step.vocoder import Vocoder, VocoderConfig
+    from musiclab.ace_step.vocoder import VocoderConfig, random_vocoder
     return {"transformer": Transformer(Config.of(TINY["transformer"]), projectors=True, unused=True),
-            "codec": AutoencoderDC(**TINY["codec"]), "vocoder": Vocoder(VocoderConfig.of(TINY["vocoder"])), "text": UMT5EncoderModel(UMT5Config(**TINY["text"]))}
+            "codec": AutoencoderDC(**TINY["codec"]), "vocoder": random_vocoder(VocoderConfig.of(TINY["vocoder"])), "text": UMT5EncoderModel(UMT5Config(**TINY["text"]))}
 
 def tiny_checkpoint(
     folder: str | Path, # where to put it

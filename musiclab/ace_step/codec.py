@@ -4,7 +4,7 @@
 __all__ = ['FRAME', 'SHIFT', 'SCALE', 'frames_in', 'layers', 'reach', 'ask', 'look_around', 'run', 'deep', 'encode_mel',
            'decode_mel', 'windowed', 'Codec', 'open_codec']
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #8ed4bbce
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #6545fec8
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
@@ -22,7 +22,7 @@ prepare_imports()
 from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d, EfficientViTBlock
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #a1a33519
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #fa8cdd41
 FRAME = 8 * HOP # samples per latent frame
 SHIFT, SCALE = -1.9091, 0.1786 # of latents: what the transformer sees is (encoded - SHIFT) · SCALE
 
@@ -32,7 +32,7 @@ def frames_in(
     "How many latent frames there are in so much time: 10.77 in a second."
     return int(seconds * RATE / HOP / 8)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #8c6e630f
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #cbdebf11
 def layers(
     coder: nn.Module, # encoder or decoder
 ) -> list[nn.Module]:
@@ -54,7 +54,7 @@ def reach(
 
 
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #9c01baaf
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #fbf43894
 def ask(
     attention: nn.Module, # of a block
     x: Tensor, # [batch, width, height, columns]
@@ -86,7 +86,7 @@ def look_around(
 
 
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #457abb4c
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #146269d4
 def run(
     modules: Iterable[nn.Module],
     x: Tensor,
@@ -106,7 +106,7 @@ def deep(
         else: x = in_pieces(module, x, piece, 2, hop_in=1 + isinstance(module, DCDownBlock2d), hop_out=1 + isinstance(module, DCUpBlock2d))
     return x
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #eef2e06c
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #e44c65fc
 def encode_mel(
     encoder: nn.Module, # of diffusers' AutoencoderDC
     mel: Tensor, # [batch, 2, 128, 8 · frames], scaled to about -1..1
@@ -137,7 +137,7 @@ def decode_mel(
     stretch = 2 ** sum(isinstance(layer, DCUpBlock2d) for layer in shallow)
     return in_pieces(lambda x: exit(run(shallow, x)), x, piece, reach([*shallow, decoder.conv_out], 1), hop_out=stretch)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #13164784
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #4bd54f8e
 def windowed(
     decoder: nn.Module, # of diffusers' AutoencoderDC
     latents: Tensor, # [batch, 8, 16, frames]
@@ -151,7 +151,7 @@ def windowed(
         done.append(decode_mel(decoder, latents[..., first:last])[..., 8 * (start - first):8 * (end - first)])
     return torch.cat(done, -1)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #44f5e5c6
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #89f6f248
 @dataclass(frozen=True)
 class Codec:
     "Sound to latents and back."
@@ -182,7 +182,7 @@ class Codec:
         sound = self.vocoder(((mel[0].float() * 0.5 + 0.5) * 14 - 11).to(self.dcae.dtype), 16 * self.piece)
         return Audio(sound.float().cpu().numpy(), RATE)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #ab620abe
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #53e85cc2
 def open_codec(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     dtype: torch.dtype = torch.float32, # of the weights

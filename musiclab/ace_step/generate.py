@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['weakened', 'read_tags', 'make_prompts', 'open_model', 'encode_source', 'release', 'generate', 'pair', 'play']
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #e2237af6
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #d2c313c2
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from .transformer import Transformer, open_transformer
 from ..audio import Audio
 from ..core import MusiclabError, fetch, pick_device, pick_dtype, progress
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #794aed99
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #7839cb8b
 def weakened(
     encoder: nn.Module, # transformers' UMT5EncoderModel
 ) -> ExitStack: # inside `with`, some of its layers hear everything alike
@@ -51,7 +51,7 @@ def read_tags(
         read[prompt] = states, tired
     return read
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #c958343e
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #24844740
 def make_prompts(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     songs: Sequence[tuple[str, str]], # tags and lyrics of each; "" for none
@@ -69,7 +69,7 @@ def make_prompts(
         prompts.append(Prompt(states, torch.ones(states.shape[:2], dtype=torch.bool, device=device), ids, sung, tired))
     return prompts
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #130bf293
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #70d1a133
 def open_model(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     adapter: str | Path | None = None, # file or folder of an adapter: peft's, diffusers', the original trainer's, ComfyUI's
@@ -92,7 +92,7 @@ def encode_source(
     source = getattr(change, "source", None)
     return open_codec(folder, device=device, piece=piece).encode(source) if isinstance(source, Audio) else source
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #08c8765c
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #0e8ba03b
 def release(
     device: torch.device,
 ) -> None:
@@ -140,7 +140,7 @@ def generate(
     codec = open_codec(folder, device=device, piece=piece)
     return [spliced(codec.decode(song), change) for song in latents]
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #e69bc5a7
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #dd19d3f0
 def pair(
     text: str, # "10:20"
     option: str, # its name, for the error

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Prompt', 'tell', 'side_by_side', 'Guide', 'never', 'sample', 'blend', 'paint_over', 'morph']
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #e6d69280
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #2b3b9db8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import cos, pi, sin
@@ -14,7 +14,7 @@ from .guidance import WEAK_BLOCKS, WEAK_LYRICS, Guidance, Momentum, apg, cfg, cf
 from .schedule import Euler
 from .transformer import Conditions, Transformer
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #d0e21d91
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #16abb682
 @dataclass(frozen=True)
 class Prompt:
     "What a batch of songs is to be about."
@@ -25,7 +25,7 @@ class Prompt:
     weak_tags: Tensor | None = None # states of a weakened text encoder; None: nothing
     speaker: Tensor | None = None # [songs, speaker width]; the released weights know no speakers
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #1f811aa6
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #d40ccffe
 def tell(
     model: Transformer,
     prompt: Prompt,
@@ -45,7 +45,7 @@ def tell(
         others = [(text, tags_mask, torch.zeros_like(words), heard) for text in (nothing, tags)]
     return told + [model.encode(*other) for other in others[:1 + guidance.doubled]]
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #09d499a7
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #555a71a3
 def side_by_side(
     several: Sequence[Conditions], # remembered, of any lengths
 ) -> Conditions:
@@ -57,7 +57,7 @@ def side_by_side(
                        memory=tuple(tuple(F.pad(part, (0, 0, 0, n)) for part in block) for block in told.memory))
     return Conditions.join(map(pad, several))
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #ad00f1e5
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #27e9726e
 class Guide:
     "A model that has been told what to play, and is asked where to go."
     def __init__(self,
@@ -109,7 +109,7 @@ class Guide:
         if g.kind == "cfg_star": return cfg_star(told, untold, scale, still=look < 2)
         return apg(told, untold, scale, self.momentum)
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #13d9c63d
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #aa202756
 def never() -> bool: "Go on."; return False
 
 def sample(
@@ -134,7 +134,7 @@ def blend(
     "Noise between two noises."
     return cos(variance * pi / 2) * noise + sin(variance * pi / 2) * other
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #0a31f341
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #4e8b54fa
 def paint_over(
     guide: Guide,
     levels: Tensor, # [steps + 1] falling noise levels, the last is 0
@@ -156,7 +156,7 @@ def paint_over(
         tick(1)
     return x
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #a5b2cab9
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #d6669951
 def morph(
     here: Guide, # told what the song is
     there: Guide, # told what it is to become

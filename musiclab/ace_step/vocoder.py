@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['RATE', 'HOP', 'MEL', 'VocoderConfig', 'ChannelNorm', 'BackboneBlock', 'Backbone', 'Residual', 'Head', 'Vocoder',
-           'folded', 'unfolded']
+           'random_vocoder', 'folded', 'unfolded']
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #87f5d0c9
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #2c5d1dd0
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import ceil, prod
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from ..core import MusiclabError
 from ..dsp import in_pieces
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #af7720fa
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #06a6e398
 RATE, HOP = 44_100, 512 # samples per second, and per frame
 MEL = dict(n_fft=2048, hop=HOP, n_mels=128, fmin=40.0, fmax=16_000.0, power=1.0, eps=1e-6, floor=1e-5, pad=768) # for `log_mel`
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #50fb5d03
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #d6a8a8af
 @dataclass(frozen=True)
 class VocoderConfig:
     "The sizes of a vocoder. Names are those of the release's `config.json`, the defaults its values."
@@ -43,7 +43,7 @@ class VocoderConfig:
             raise MusiclabError("a vocoder of another kind than ACE-Step v1's", "vocoder", "Take the one of ACE-Step/ACE-Step-v1-3.5B")
         return config
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #c9b4bda0
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #b537f04d
 class ChannelNorm(nn.LayerNorm):
     "Layer normalisation over the channels of each frame."
     def forward(self, x: Tensor) -> Tensor: # [batch, channels, frames] -> the same
@@ -66,7 +66,7 @@ class BackboneBlock(nn.Module):
         inner = self.pwconv2(F.gelu(self.pwconv1(self.norm(self.dwconv(x).mT))))
         return x + (self.gamma * inner).mT
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #50e3b638
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #b5f7a46c
 class Backbone(nn.Module):
     "From mel bands to features, at the same 86 frames a second."
     def __init__(self,
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         for layer, stage in zip(self.channel_layers, self.stages): mel = stage(layer(mel))
         return self.norm(mel)
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #f46e3bcd
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #81ae1ca5
 class Residual(nn.Module):
     "Pairs of convolutions, the first of each pair with holes; each pair adds to what was there. Source: Kong et al. 2020, arXiv 2010.05646."
     def __init__(self,
@@ -126,7 +126,7 @@ class Head(nn.Module):
             x = sum(block(x) for block in self.resblocks[stage * self.parallel:(stage + 1) * self.parallel]) / self.parallel
         return torch.tanh(self.conv_post(F.silu(x)))
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #7e247bd1
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #bf684770
 class Vocoder(nn.Module):
     "Backbone and head. Left and right pass side by side, as a batch of two."
     def __init__(self,
@@ -154,7 +154,22 @@ class Vocoder(nn.Module):
         "The sound of a picture of any length."
         return in_pieces(lambda x: self.head(self.backbone(x))[:, 0], mel, piece, self.reach, hop_out=HOP)
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #4c60405e
+
+@torch.no_grad()
+def random_vocoder(
+    config: VocoderConfig = VocoderConfig(),
+) -> Vocoder: # with weights from torch's generator
+    "A vocoder that knows nothing, but is neither silent nor too loud: each layer passes on what it gets, at about the same strength."
+    vocoder = Vocoder(config)
+    for layer in vocoder.head.modules():
+        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
+            layer.weight *= (3 * layer.stride[0]) ** 0.5 # PyTorch's start lets a third of the power through
+            layer.bias.zero_()
+    loud = torch.atanh(vocoder(torch.randn(1, config.input_channels, 64) * 2 - 6).clamp(-0.999999, 0.999999)).std()
+    vocoder.head.conv_post.weight *= 0.1 / loud
+    return vocoder.eval().requires_grad_(False)
+
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #bcf8af89
 def folded(
     weights: Mapping[str, Tensor], # as in the file
 ) -> dict[str, Tensor]: # as `Vocoder` has them

@@ -3,11 +3,12 @@ from collections.abc import Callable, Iterator
 
 from tests.parity.ace_step_lyrics import lyric_tokenizer
 from tests.parity.ace_step_model import encode_decode, lyric_encoder, training_step, transformer_forward
+from tests.parity.ace_step_sound import CHECKS as SOUND
 from tests.parity.rows import Case, Row
 
 CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "encode_decode": encode_decode, "lyric_encoder": lyric_encoder, "lyric_tokenizer": lyric_tokenizer,
-    "training_step": training_step, "transformer_forward": transformer_forward,
+    "training_step": training_step, "transformer_forward": transformer_forward, **SOUND,
 }
 
 
