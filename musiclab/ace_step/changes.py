@@ -4,7 +4,7 @@
 __all__ = ['Change', 'LONGEST', 'Retake', 'Resemble', 'Repaint', 'Extend', 'Edit', 'How', 'Dice', 'Studio', 'repainted', 'longer',
            'turned', 'make', 'check', 'spliced']
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #560a437b
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #8263b71f
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 import numpy as np
@@ -20,7 +20,7 @@ from .vocoder import RATE
 from ..audio import Audio
 from ..core import MusiclabError
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #1c794911
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #814cd290
 @dataclass(frozen=True)
 class Retake:
     "The same song once more, a little different."
@@ -63,7 +63,7 @@ class Edit:
 
 Change = Retake | Resemble | Repaint | Extend | Edit
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #08e3981f
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #f5190694
 @dataclass(frozen=True)
 class How:
     "How the way is walked. The defaults are the original's."
@@ -93,7 +93,7 @@ class Dice:
         "Fresh noise."
         return torch.stack([torch.randn(8, 16, frames, generator=die) for die in self.dice]).to(self.device)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #4aba572e
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #240e0852
 LONGEST = frames_in(240) # frames that the model knows how to fill
 
 @dataclass(frozen=True)
@@ -105,7 +105,6 @@ class Studio:
     how: How = How()
     stop: Callable[[], bool] = never # asked before each look; True ends the songs where they are
     tick: Callable[[int], object] = lambda n: None # told after each look
-
     @property
     def device(self) -> torch.device: "Where it computes."; return next(self.model.parameters()).device
 
@@ -123,8 +122,7 @@ class Studio:
         song: Tensor | None = None, # for `Resemble`: its latents [8, 16, frames]
     ) -> Tensor: # [songs, 8, 16, frames]
         "Songs from noise."
-        dice, at = self.noise(), self.how.levels()
-        x = dice(frames)
+        at, x = self.how.levels(), (dice := self.noise())(frames)
         if isinstance(change, Retake): x = blend(x, self.noise(change.seed)(frames), change.variance)
         if isinstance(change, Resemble):
             top = 1 - change.strength
@@ -144,7 +142,7 @@ class Studio:
         noise = torch.where(mask, other if isinstance(change, Extend) else blend(noise, other, change.variance), noise)
         return paint_over(self.guide(len(at) - 1), at, song, noise, mask, change.variance, self.stop, self.tick)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #29bc2b84
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #0475dd71
 def repainted(
     studio: Studio,
     song: Tensor, # latents [songs, 8, 16, frames], also longer than 240 s
@@ -180,7 +178,7 @@ def longer(
         left, right, turn = left - before, right - after, turn + 1
     return song
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #4fa177bf
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #a3a38887
 def turned(
     studio: Studio, # told what the song is to become
     song: Tensor, # latents [songs, 8, 16, frames]
@@ -209,7 +207,7 @@ def make(
     if isinstance(change, Extend): return longer(studio, song, frames_in(change.left), frames_in(change.right), change)
     return repainted(studio, song, frames_in(change.start), min(song.shape[-1], frames_in(change.end) + 1), change)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #08bf3d58
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #b103625f
 def check(
     seconds: float, # of new songs
     change: Change | None,
@@ -231,7 +229,7 @@ def check(
     for name in ("variance", "strength"):
         if not 0 <= getattr(change, name, 0) <= 1: raise MusiclabError(f"{getattr(change, name):g} is not between 0 and 1", name)
 
-# %% ../../nbs/2_ace_step/29a_changes.ipynb #4366622b
+# %% ../../nbs/2_ace_step/29a_changes.ipynb #7e8f4728
 def spliced(
     new: Audio, # decoded, 44,100 Hz
     change: Change | None,

@@ -4,7 +4,7 @@
 __all__ = ['FRAME', 'SHIFT', 'SCALE', 'frames_in', 'layers', 'reach', 'ask', 'look_around', 'run', 'deep', 'encode_mel',
            'decode_mel', 'windowed', 'Codec', 'open_codec']
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #6545fec8
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #913eb4e0
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
@@ -22,7 +22,7 @@ prepare_imports()
 from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d, EfficientViTBlock
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #fa8cdd41
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #34d72bac
 FRAME = 8 * HOP # samples per latent frame
 SHIFT, SCALE = -1.9091, 0.1786 # of latents: what the transformer sees is (encoded - SHIFT) · SCALE
 
@@ -32,7 +32,7 @@ def frames_in(
     "How many latent frames there are in so much time: 10.77 in a second."
     return int(seconds * RATE / HOP / 8)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #cbdebf11
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #757cf9c2
 def layers(
     coder: nn.Module, # encoder or decoder
 ) -> list[nn.Module]:
@@ -54,7 +54,7 @@ def reach(
 
 
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #fbf43894
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #9c7a5ab8
 def ask(
     attention: nn.Module, # of a block
     x: Tensor, # [batch, width, height, columns]
@@ -86,7 +86,7 @@ def look_around(
 
 
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #146269d4
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #8a42d4ec
 def run(
     modules: Iterable[nn.Module],
     x: Tensor,
@@ -106,7 +106,7 @@ def deep(
         else: x = in_pieces(module, x, piece, 2, hop_in=1 + isinstance(module, DCDownBlock2d), hop_out=1 + isinstance(module, DCUpBlock2d))
     return x
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #e44c65fc
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #3a706032
 def encode_mel(
     encoder: nn.Module, # of diffusers' AutoencoderDC
     mel: Tensor, # [batch, 2, 128, 8 · frames], scaled to about -1..1
@@ -137,7 +137,7 @@ def decode_mel(
     stretch = 2 ** sum(isinstance(layer, DCUpBlock2d) for layer in shallow)
     return in_pieces(lambda x: exit(run(shallow, x)), x, piece, reach([*shallow, decoder.conv_out], 1), hop_out=stretch)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #4bd54f8e
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #5260ed3f
 def windowed(
     decoder: nn.Module, # of diffusers' AutoencoderDC
     latents: Tensor, # [batch, 8, 16, frames]
@@ -151,7 +151,7 @@ def windowed(
         done.append(decode_mel(decoder, latents[..., first:last])[..., 8 * (start - first):8 * (end - first)])
     return torch.cat(done, -1)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #89f6f248
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #c8203d1a
 @dataclass(frozen=True)
 class Codec:
     "Sound to latents and back."
@@ -182,7 +182,7 @@ class Codec:
         sound = self.vocoder(((mel[0].float() * 0.5 + 0.5) * 14 - 11).to(self.dcae.dtype), 16 * self.piece)
         return Audio(sound.float().cpu().numpy(), RATE)
 
-# %% ../../nbs/2_ace_step/25b_codec.ipynb #53e85cc2
+# %% ../../nbs/2_ace_step/25b_codec.ipynb #31d1f224
 def open_codec(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     dtype: torch.dtype = torch.float32, # of the weights

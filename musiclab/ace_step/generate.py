@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['weakened', 'read_tags', 'make_prompts', 'open_model', 'encode_source', 'release', 'generate', 'pair', 'play']
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #d2c313c2
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #fab61088
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from .transformer import Transformer, open_transformer
 from ..audio import Audio
 from ..core import MusiclabError, fetch, pick_device, pick_dtype, progress
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #7839cb8b
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #77ad121d
 def weakened(
     encoder: nn.Module, # transformers' UMT5EncoderModel
 ) -> ExitStack: # inside `with`, some of its layers hear everything alike
@@ -51,7 +51,7 @@ def read_tags(
         read[prompt] = states, tired
     return read
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #24844740
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #302b21c8
 def make_prompts(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     songs: Sequence[tuple[str, str]], # tags and lyrics of each; "" for none
@@ -69,7 +69,7 @@ def make_prompts(
         prompts.append(Prompt(states, torch.ones(states.shape[:2], dtype=torch.bool, device=device), ids, sung, tired))
     return prompts
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #70d1a133
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #b9dd42a3
 def open_model(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     adapter: str | Path | None = None, # file or folder of an adapter: peft's, diffusers', the original trainer's, ComfyUI's
@@ -92,7 +92,7 @@ def encode_source(
     source = getattr(change, "source", None)
     return open_codec(folder, device=device, piece=piece).encode(source) if isinstance(source, Audio) else source
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #0e8ba03b
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #c5a7a196
 def release(
     device: torch.device,
 ) -> None:
@@ -100,6 +100,7 @@ def release(
     gc.collect()
     if device.type == "cuda": torch.cuda.empty_cache()
 
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #244e6c67
 @torch.inference_mode()
 def generate(
     model: str | Path, # an ACE-Step checkpoint, or its name on the hub
@@ -108,7 +109,7 @@ def generate(
     seconds: float = 60.0, # length of new songs, 1 to 240; a changed song has its source's
     seed: int | Sequence[int] = 0, # of the first song, counting up from it; or one for each
     change: Change | None = None, # Retake, Resemble, Repaint, Extend or Edit: out of another song
-    how: How = How(), # steps, sampler, guidance
+    how: How | None = None, # steps, sampler, guidance; None: the original's
     adapter: str | Path | None = None, # file or folder of an adapter
     strength: float = 1.0, # of the adapter; 0 is the base model
     batch: int = 4, # songs at once
@@ -123,6 +124,7 @@ def generate(
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if not len(prompts) == len(lyrics) == len(seeds): raise MusiclabError(f"{len(lyrics)} lyrics and {len(seeds)} seeds for {len(prompts)} prompts", "generate", "Give one, or one for each")
     check(seconds, change)
+    how = how or How()
     if low_vram: batch, how = 1, replace(how, together=False)
     folder, device, piece = fetch(model), pick_device(device), 32 if low_vram else 128
     source, songs = encode_source(folder, change, device, piece), list(zip(prompts, lyrics))
@@ -140,7 +142,7 @@ def generate(
     codec = open_codec(folder, device=device, piece=piece)
     return [spliced(codec.decode(song), change) for song in latents]
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #dd19d3f0
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #a601f6e5
 def pair(
     text: str, # "10:20"
     option: str, # its name, for the error

@@ -2,16 +2,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TAU', 'WEAK_TEXT', 'WEAK_LYRICS', 'WEAK_BLOCKS', 'cfg', 'Momentum', 'apg', 'cfg_star', 'double', 'Guidance',
-           'weak_layers']
+           'exaggerated', 'weak_layers']
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #217fde3b
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #d33f51cd
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..core import MusiclabError, prepare_imports
+from ..core import MusiclabError
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #2e879ca2
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #899bcca0
 def cfg(
     told: Tensor, # velocity with conditions
     untold: Tensor, # without
@@ -20,7 +20,7 @@ def cfg(
     "Classifier-free guidance. Source: Ho and Salimans 2022, arXiv 2207.12598."
     return untold + scale * (told - untold)
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #07553122
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #4ca2f7ed
 class Momentum:
     "Differences so far, each weighing less than the next."
     def __init__(self,
@@ -50,7 +50,7 @@ def apg(
     along = (d * unit).sum((-1, -2), keepdim=True) * unit
     return told + (scale - 1) * (d - (1 - parallel) * along).to(told)
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #ce32c993
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #7f2c7587
 def cfg_star(
     told: Tensor, # velocity with conditions [songs, …]
     untold: Tensor, # without
@@ -73,7 +73,7 @@ def double(
     "A dial for the tags and a dial for the words."
     return (1 - tag_scale) * untold + (tag_scale - lyric_scale) * tags + lyric_scale * told
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #afdba94e
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #ff0a65dc
 KINDS = ("apg", "cfg", "cfg_star")
 
 @dataclass(frozen=True)
@@ -110,7 +110,23 @@ class Guidance:
         progress = (look - first) / max(1, last - first - 1)
         return self.scale - (self.scale - self.least) * progress * self.decay
 
-# %% ../../nbs/2_ace_step/27_guidance.ipynb #3a4d5a0a
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #a02f1c78
+def exaggerated(
+    dials: Guidance,
+    scale: float, # at this look
+    told: Tensor, # velocity with conditions [songs, channels, height, frames]
+    untold: Tensor, # without
+    tags: Tensor | None = None, # with the tags alone, for double guidance
+    momentum: Momentum | None = None, # for APG
+    still: bool = False, # for CFG*: one of the first looks
+) -> Tensor:
+    "The velocity that is followed."
+    if dials.doubled: return double(told, tags, untold, dials.tags, dials.lyrics)
+    if dials.kind == "cfg": return cfg(told, untold, scale)
+    if dials.kind == "cfg_star": return cfg_star(told, untold, scale, still)
+    return apg(told, untold, scale, momentum)
+
+# %% ../../nbs/2_ace_step/27_guidance.ipynb #8dbf4b92
 TAU = 0.01 # what the queries of weakened layers are multiplied with
 WEAK_TEXT, WEAK_LYRICS, WEAK_BLOCKS = (12, (8, 9)), (6, (4, 5)), (24, (15, 16, 17, 18, 19)) # depth of the release, and the layers
 

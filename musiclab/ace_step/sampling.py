@@ -3,18 +3,18 @@
 # %% auto #0
 __all__ = ['Prompt', 'tell', 'side_by_side', 'Guide', 'never', 'sample', 'blend', 'paint_over', 'morph']
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #2b3b9db8
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #3c456126
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import cos, pi, sin
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .guidance import WEAK_BLOCKS, WEAK_LYRICS, Guidance, Momentum, apg, cfg, cfg_star, double, weak_layers
+from .guidance import WEAK_BLOCKS, WEAK_LYRICS, Guidance, Momentum, exaggerated, weak_layers
 from .schedule import Euler
 from .transformer import Conditions, Transformer
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #16abb682
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #a3aa584a
 @dataclass(frozen=True)
 class Prompt:
     "What a batch of songs is to be about."
@@ -25,7 +25,7 @@ class Prompt:
     weak_tags: Tensor | None = None # states of a weakened text encoder; None: nothing
     speaker: Tensor | None = None # [songs, speaker width]; the released weights know no speakers
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #d40ccffe
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #0b65ae8d
 def tell(
     model: Transformer,
     prompt: Prompt,
@@ -45,7 +45,7 @@ def tell(
         others = [(text, tags_mask, torch.zeros_like(words), heard) for text in (nothing, tags)]
     return told + [model.encode(*other) for other in others[:1 + guidance.doubled]]
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #555a71a3
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #86825ca6
 def side_by_side(
     several: Sequence[Conditions], # remembered, of any lengths
 ) -> Conditions:
@@ -57,13 +57,13 @@ def side_by_side(
                        memory=tuple(tuple(F.pad(part, (0, 0, 0, n)) for part in block) for block in told.memory))
     return Conditions.join(map(pad, several))
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #27e9726e
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #95184551
 class Guide:
     "A model that has been told what to play, and is asked where to go."
     def __init__(self,
         model: Transformer,
         prompts: Sequence[Prompt], # one per song; or a single one for a padded batch
-        guidance: Guidance = Guidance(),
+        guidance: Guidance,
         steps: int = 60, # of the whole way
         always: bool = False, # guide at each look, whatever the interval
         together: bool = True, # ask with and without conditions in one batch: faster, and twice the memory
@@ -104,12 +104,9 @@ class Guide:
         scale = (g.scale if g.on else None) if self.always else g.at(look, self.steps)
         if scale is None: return self.ask(x, sigma, self.alone, {})
         told, untold, *tags = self.compare(x, sigma)
-        if tags: return double(told, tags[0], untold, g.tags, g.lyrics)
-        if g.kind == "cfg": return cfg(told, untold, scale)
-        if g.kind == "cfg_star": return cfg_star(told, untold, scale, still=look < 2)
-        return apg(told, untold, scale, self.momentum)
+        return exaggerated(g, scale, told, untold, *tags, momentum=self.momentum, still=look < 2)
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #aa202756
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #f3312d36
 def never() -> bool: "Go on."; return False
 
 def sample(
@@ -134,7 +131,7 @@ def blend(
     "Noise between two noises."
     return cos(variance * pi / 2) * noise + sin(variance * pi / 2) * other
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #4e8b54fa
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #e473accd
 def paint_over(
     guide: Guide,
     levels: Tensor, # [steps + 1] falling noise levels, the last is 0
@@ -156,7 +153,7 @@ def paint_over(
         tick(1)
     return x
 
-# %% ../../nbs/2_ace_step/28_sampling.ipynb #d6669951
+# %% ../../nbs/2_ace_step/28_sampling.ipynb #cd3cf129
 def morph(
     here: Guide, # told what the song is
     there: Guide, # told what it is to become

@@ -4,14 +4,14 @@
 __all__ = ['OSS', 'SAMPLERS', 'shift', 'training_levels', 'levels', 'chosen_levels', 'stretch', 'Euler', 'Heun', 'PingPong',
            'make_sampler']
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #8a92572d
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #29b8de18
 from collections.abc import Callable, Sequence
 from math import exp
 import torch
 from torch import Tensor
 from ..core import MusiclabError
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #3d191f3d
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #d68b822a
 def shift(
     sigma: Tensor | float, # noise level 0..1
     by: float = 3.0, # above 1: more steps at high noise
@@ -25,7 +25,7 @@ def training_levels(
     "The noise levels that the model was trained with."
     return shift(torch.linspace(1, 0.001, 1000), by)
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #bb33f84a
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #0e596b93
 def levels(
     steps: int, # how many
     top: float = 1.0, # where to begin: 1 is pure noise, less begins with something of a given song
@@ -36,7 +36,7 @@ def levels(
     inner = shift(torch.linspace(shift(top, by), shift(0.001, by), steps), by)
     return torch.cat([inner, torch.zeros(1)])
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #285f2aa6
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #f0553bb0
 OSS = (16, 29, 52, 96, 129, 158, 172, 183, 189, 200) # entries of 200 steps, counted from 1
 
 def chosen_levels(
@@ -50,7 +50,7 @@ def chosen_levels(
     chosen = levels(max(entries), by=by)[torch.tensor(entries) - 1]
     return torch.cat([shift(chosen, by) if again else chosen, torch.zeros(1)])
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #12b96f69
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #f8879ee9
 def stretch(
     omega: float, # any number; 0: none
 ) -> float: # 0.9..1.1
@@ -79,7 +79,7 @@ class Euler:
         "Where a look at the model leads."
         return self.move(x, (self.levels[look + 1] - self.levels[look]) * velocity)
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #f5929d4a
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #2a01c67c
 class Heun(Euler):
     "Ahead, ask again, and go back for the mean of both directions: two looks for each step, one for the last."
     def __init__(self, levels: Tensor, omega: float = 10.0, whole_batch: bool = False):
@@ -104,7 +104,7 @@ class PingPong(Euler):
         song, then = x - self.levels[look] * velocity, self.levels[look + 1]
         return (1 - then) * song + then * self.noise(x, look)
 
-# %% ../../nbs/2_ace_step/26_schedule.ipynb #c5ccfb17
+# %% ../../nbs/2_ace_step/26_schedule.ipynb #1141c9c2
 SAMPLERS = ("euler", "heun", "pingpong")
 
 def make_sampler(

@@ -4,7 +4,7 @@
 __all__ = ['RATE', 'HOP', 'MEL', 'VocoderConfig', 'ChannelNorm', 'BackboneBlock', 'Backbone', 'Residual', 'Head', 'Vocoder',
            'random_vocoder', 'folded', 'unfolded']
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #2c5d1dd0
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #dc95bb69
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import ceil, prod
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from ..core import MusiclabError
 from ..dsp import in_pieces
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #06a6e398
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #84ddfb72
 RATE, HOP = 44_100, 512 # samples per second, and per frame
 MEL = dict(n_fft=2048, hop=HOP, n_mels=128, fmin=40.0, fmax=16_000.0, power=1.0, eps=1e-6, floor=1e-5, pad=768) # for `log_mel`
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #d6a8a8af
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #bb7a2246
 @dataclass(frozen=True)
 class VocoderConfig:
     "The sizes of a vocoder. Names are those of the release's `config.json`, the defaults its values."
@@ -43,7 +43,7 @@ class VocoderConfig:
             raise MusiclabError("a vocoder of another kind than ACE-Step v1's", "vocoder", "Take the one of ACE-Step/ACE-Step-v1-3.5B")
         return config
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #b537f04d
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #4a2c5c91
 class ChannelNorm(nn.LayerNorm):
     "Layer normalisation over the channels of each frame."
     def forward(self, x: Tensor) -> Tensor: # [batch, channels, frames] -> the same
@@ -66,7 +66,7 @@ class BackboneBlock(nn.Module):
         inner = self.pwconv2(F.gelu(self.pwconv1(self.norm(self.dwconv(x).mT))))
         return x + (self.gamma * inner).mT
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #b5f7a46c
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #bf78f930
 class Backbone(nn.Module):
     "From mel bands to features, at the same 86 frames a second."
     def __init__(self,
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         for layer, stage in zip(self.channel_layers, self.stages): mel = stage(layer(mel))
         return self.norm(mel)
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #81ae1ca5
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #51c19f66
 class Residual(nn.Module):
     "Pairs of convolutions, the first of each pair with holes; each pair adds to what was there. Source: Kong et al. 2020, arXiv 2010.05646."
     def __init__(self,
@@ -126,7 +126,7 @@ class Head(nn.Module):
             x = sum(block(x) for block in self.resblocks[stage * self.parallel:(stage + 1) * self.parallel]) / self.parallel
         return torch.tanh(self.conv_post(F.silu(x)))
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #bf684770
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #0935f9ec
 class Vocoder(nn.Module):
     "Backbone and head. Left and right pass side by side, as a batch of two."
     def __init__(self,
@@ -169,7 +169,7 @@ def random_vocoder(
     vocoder.head.conv_post.weight *= 0.1 / loud
     return vocoder.eval().requires_grad_(False)
 
-# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #bcf8af89
+# %% ../../nbs/2_ace_step/25a_vocoder.ipynb #4dd23ace
 def folded(
     weights: Mapping[str, Tensor], # as in the file
 ) -> dict[str, Tensor]: # as `Vocoder` has them

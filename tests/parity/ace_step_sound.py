@@ -45,7 +45,8 @@ def schedulers(case: Case) -> Iterator[Row]:
             top = float(middle.rpartition("_")[2])
             at = levels(len(wanted[name]), top, by)
             looks = at[:-1]
-            yield case.close(f"{kind}/{middle}/start_sigma", torch.tensor(shift(top, by)), wanted.pop(f"{kind}/{middle}/start_sigma"), **FINE)
+            begin = name.replace("timesteps", "start_sigma")
+            yield case.close(begin, torch.tensor(shift(top, by)), wanted.pop(begin), **FINE)
         else:
             sampler = make_sampler(kind, levels(int(middle[1:]), by=by))
             looks = torch.tensor(sampler.looks)
@@ -53,12 +54,13 @@ def schedulers(case: Case) -> Iterator[Row]:
         sigmas = name.replace("timesteps", "sigmas")
         yield case.close(sigmas, at, wanted.pop(sigmas), **FINE)
         yield case.close(name, 1000 * looks, wanted.pop(name), **FINE)
-    before = chosen_levels(case.config["oss_steps"], by, again=False)[:-1]
-    if "oss/picked_before_second_shift" in wanted: yield case.close("oss/picked_before_second_shift", 1000 * before, wanted.pop("oss/picked_before_second_shift"), **FINE)
+    if (name := "oss/picked_before_second_shift") in wanted:
+        yield case.close(name, 1000 * chosen_levels(case.config["oss_steps"], by, again=False)[:-1], wanted.pop(name), **FINE)
     for name in [name for name in wanted if name.endswith("/trajectory")]:
         kind, omega, _ = name.split("/")
         steps = case.config["num_inference_steps"]
-        sampler = make_sampler(kind, levels(steps, by=by), float(omega.removeprefix("omega")), lambda x, step: inputs[f"pingpong_noise/{step}"], whole_batch=True)
+        sampler = make_sampler(kind, levels(steps, by=by), float(omega.removeprefix("omega")),
+                               lambda x, step: inputs[f"pingpong_noise/{step}"], whole_batch=True)
         way = [inputs["x_init"]]
         for look, sigma in enumerate(sampler.looks):
             velocity = 0.5 * way[-1] + torch.sin(2 * torch.pi * torch.tensor(sigma)) * inputs["c"]
@@ -79,7 +81,8 @@ def guidance(case: Case) -> Iterator[Row]:
         else:
             momentum = memory.setdefault(kind, Momentum(c["momentum"])) if kind == "apg_momentum" else None
             eta, longest = re.search(r"eta_([\d.]+)", kind), re.search(r"thr_([\d.]+)", kind)
-            got = apg(told, untold, scales.get(kind, scales["others"]), momentum, float(eta[1]) if eta else c["eta"], float(longest[1]) if longest else c["norm_threshold"])
+            got = apg(told, untold, scales.get(kind, scales["others"]), momentum, float(eta[1]) if eta else c["eta"],
+                      float(longest[1]) if longest else c["norm_threshold"])
         yield case.close(name, got, wanted.pop(name), **FINE)
     yield from left_over(case, wanted)
 
@@ -109,12 +112,14 @@ def denoise(case: Case) -> Iterator[Row]:
         prompt = prompt_of(inputs)
         if name == "erg_lyric_only": prompt = replace(prompt, weak_tags=None)  # see the case's README
         at = chosen_levels(variant["oss_steps"]) if "oss_steps" in variant else levels(variant["infer_steps"])
-        sampler = make_sampler(variant["scheduler_type"], at, variant.get("omega_scale", 10.0), lambda x, step: inputs[f"{name}/step_noise/{step}"], whole_batch=True)
+        sampler = make_sampler(variant["scheduler_type"], at, variant.get("omega_scale", 10.0),
+                               lambda x, step, name=name: inputs[f"{name}/step_noise/{step}"], whole_batch=True)
         close = WALK if dials(variant).on else {"atol": 1e-4, "rtol": 1e-3}
         target = wanted.pop(f"{name}/latents")
         for together in (True, False):
             guide = Guide(model, [prompt], dials(variant), len(at) - 1, together=together)
-            yield case.close(f"{name}/latents" + ("" if together else " (asked one by one)"), sample(guide, sampler, inputs[f"{name}/init_noise"]), target, **close)
+            got = sample(guide, sampler, inputs[f"{name}/init_noise"])
+            yield case.close(f"{name}/latents" + ("" if together else " (asked one by one)"), got, target, **close)
     yield from left_over(case, wanted)
 
 
@@ -159,7 +164,8 @@ def painted(model: Transformer, inputs: dict, name: str, task: dict, settings: d
         mask = (place >= start) & (place < end)
         noise = torch.where(mask, blend(noise, other, task["retake_variance"]), noise)
     at = levels(settings["infer_steps"])
-    return paint_over(Guide(model, [prompt_of(inputs)], dials(settings), len(at) - 1), at, F.pad(song, (before, after)), noise, mask, task["retake_variance"])
+    guide = Guide(model, [prompt_of(inputs)], dials(settings), len(at) - 1)
+    return paint_over(guide, at, F.pad(song, (before, after)), noise, mask, task["retake_variance"])
 
 
 def edited(model: Transformer, inputs: dict, name: str, task: dict, settings: dict) -> Tensor:
