@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['weakened', 'read_tags', 'make_prompts', 'open_model', 'encode_source', 'release', 'generate', 'pair', 'play']
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #fab61088
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #1d7610dc
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from .transformer import Transformer, open_transformer
 from ..audio import Audio
 from ..core import MusiclabError, fetch, pick_device, pick_dtype, progress
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #77ad121d
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #c03a682e
 def weakened(
     encoder: nn.Module, # transformers' UMT5EncoderModel
 ) -> ExitStack: # inside `with`, some of its layers hear everything alike
@@ -51,7 +51,7 @@ def read_tags(
         read[prompt] = states, tired
     return read
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #302b21c8
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #ab5828ee
 def make_prompts(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     songs: Sequence[tuple[str, str]], # tags and lyrics of each; "" for none
@@ -69,7 +69,7 @@ def make_prompts(
         prompts.append(Prompt(states, torch.ones(states.shape[:2], dtype=torch.bool, device=device), ids, sung, tired))
     return prompts
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #b9dd42a3
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #a37c2ae8
 def open_model(
     folder: str | Path, # an ACE-Step checkpoint, or its name on the hub
     adapter: str | Path | None = None, # file or folder of an adapter: peft's, diffusers', the original trainer's, ComfyUI's
@@ -92,7 +92,7 @@ def encode_source(
     source = getattr(change, "source", None)
     return open_codec(folder, device=device, piece=piece).encode(source) if isinstance(source, Audio) else source
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #c5a7a196
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #c7c9943f
 def release(
     device: torch.device,
 ) -> None:
@@ -100,7 +100,7 @@ def release(
     gc.collect()
     if device.type == "cuda": torch.cuda.empty_cache()
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #244e6c67
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #52c8cee1
 @torch.inference_mode()
 def generate(
     model: str | Path, # an ACE-Step checkpoint, or its name on the hub
@@ -142,7 +142,7 @@ def generate(
     codec = open_codec(folder, device=device, piece=piece)
     return [spliced(codec.decode(song), change) for song in latents]
 
-# %% ../../nbs/2_ace_step/29b_generate.ipynb #a601f6e5
+# %% ../../nbs/2_ace_step/29b_generate.ipynb #618efaf9
 def pair(
     text: str, # "10:20"
     option: str, # its name, for the error
@@ -167,7 +167,12 @@ def play(
     guidance: float = 15.0, # scale
     steps: int = 60,
     sampler: str = "euler",
-    **more, # as in `generate`
+    seed: int = 0, # as in `generate`, like the rest
+    adapter: str | Path | None = None,
+    strength: float = 1.0,
+    device: str = "auto",
+    dtype: str = "auto",
+    low_vram: bool = False,
 ) -> list[Audio]:
     "`generate` as a command line can say it: only numbers and texts."
     if lyrics and len(lyrics) < 256 and "\n" not in lyrics and Path(lyrics).is_file(): lyrics = Path(lyrics).read_text(encoding="utf-8")
@@ -180,4 +185,5 @@ def play(
     elif extend: change = Extend(start, *pair(extend, "extend"), **some)
     elif was is not None: change = Edit(start, was, was_lyrics)
     else: change = Resemble(start, resemble)
-    return generate(model, prompts, lyrics, seconds, change=change, how=How(steps, sampler, Guidance(guidance)), **more)
+    return generate(model, prompts, lyrics, seconds, seed, change, How(steps, sampler, Guidance(guidance)), adapter, strength,
+                    device=device, dtype=dtype, low_vram=low_vram)
