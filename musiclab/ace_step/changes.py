@@ -213,6 +213,8 @@ def check(
     change: Change | None,
 ) -> None:
     "Say at once what cannot be done, before gigabytes are loaded."
+    for name in ("variance", "strength"):
+        if not 0 <= getattr(change, name, 0) <= 1: raise MusiclabError(f"{getattr(change, name):g} is not between 0 and 1", name)
     source = getattr(change, "source", None)
     if source is None:
         if not 1 <= seconds <= 240: raise MusiclabError(f"a new song of {seconds:g} s cannot be made", "seconds", "The model knows 1 to 240 s; longer songs are extended: Extend, or --extend-right")
@@ -226,8 +228,6 @@ def check(
         if change.end - change.start > 200: raise MusiclabError(f"{change.end - change.start:g} s are too long a part", "repaint", "Repaint at most 200 s at once, so that the model hears what is around it")
     if isinstance(change, Extend) and not (min(change.left, change.right) >= 0 and 0 < change.left + change.right <= 3600):
         raise MusiclabError(f"{change.left:g} s before and {change.right:g} s after", "extend", "Give seconds from 0 to 3600, and not both 0")
-    for name in ("variance", "strength"):
-        if not 0 <= getattr(change, name, 0) <= 1: raise MusiclabError(f"{getattr(change, name):g} is not between 0 and 1", name)
 
 # %% ../../nbs/2_ace_step/29a_changes.ipynb #7e8f4728
 def spliced(

@@ -42,8 +42,9 @@ def test_a_song_depends_on_its_seed_alone(tiny):
     assert pair[0].rate == 44_100 and pair[0].channels == 2 and pair[0].seconds == 16 * FRAME / 44_100
 
 
-@pytest.mark.parametrize("how", [How(2, "heun"), How(3, "pingpong", Guidance(4.0, "cfg_star", interval=1.0)), How(oss=(1, 3), guidance=Guidance(3.0, "cfg")),
-                                 How(3, guidance=Guidance(tags=4.0, lyrics=2.0, interval=1.0, decay=1.0)), How(3, guidance=Guidance(weak_lyrics=False, as_trained=True))])
+@pytest.mark.parametrize("how", [
+    How(2, "heun"), How(3, "pingpong", Guidance(4.0, "cfg_star", interval=1.0)), How(oss=(1, 3), guidance=Guidance(3.0, "cfg")),
+    How(3, guidance=Guidance(tags=4.0, lyrics=2.0, interval=1.0, decay=1.0)), How(3, guidance=Guidance(weak_lyrics=False, as_trained=True))])
 def test_every_dial_makes_a_song(tiny, how):
     song, = play(tiny, lyrics=LYRICS, how=how)
     assert np.isfinite(song.samples).all() and song.peak > 0.01
@@ -69,7 +70,8 @@ def test_a_retake_goes_from_the_same_song_to_another(tiny):
 
 @pytest.mark.parametrize("seconds, change, words", [
     (0, None, "1 to 240 s"), (-3, None, "1 to 240 s"), (1000, None, "1 to 240 s"), (1, lambda t: Repaint(t, 2, 9), "no part of a song of 3.0 s"),
-    (1, lambda t: Repaint(t, -1, 2), "no part"), (1, lambda t: Repaint(t, 2, 2), "no part"), (1, lambda t: Extend(t), "extend"), (1, lambda t: Extend(t, 0, 9999), "3600"),
+    (1, lambda t: Repaint(t, -1, 2), "no part"), (1, lambda t: Repaint(t, 2, 2), "no part"), (1, lambda t: Extend(t), "extend"),
+    (1, lambda t: Extend(t, 0, 9999), "3600"),
     (1, lambda t: Edit(Audio(np.zeros((1, 250 * 8000), np.float32), 8000), ""), "crop"), (1, lambda t: Retake(1.5), "variance")])
 def test_what_cannot_be_done_is_said_in_one_line(tmp_path, tone, seconds, change, words):
     "Before anything is loaded: the model's folder is empty."
