@@ -32,14 +32,15 @@ def tell(
     guidance: Guidance,
 ) -> list[Conditions]: # with everything; for guidance also with nothing, for double guidance also with the tags alone
     "The conditions that a guided song is compared by."
-    tags, tags_mask, words, words_mask = prompt.tags, prompt.tags_mask, prompt.lyrics, prompt.lyrics_mask
-    told = [model.encode(tags, tags_mask, words, words_mask, prompt.speaker)]
+    own = next(model.parameters()) # its number format and place
+    tags, weak, speaker = (None if states is None else states.to(own) for states in (prompt.tags, prompt.weak_tags, prompt.speaker))
+    tags_mask, words, words_mask = (each.to(own.device) for each in (prompt.tags_mask, prompt.lyrics, prompt.lyrics_mask))
+    told = [model.encode(tags, tags_mask, words, words_mask, speaker)]
     if not guidance.on: return told
     nothing = torch.zeros_like(tags)
     if guidance.weak_lyrics:
         focus = weak_layers(len(model.lyric_encoder.encoders), WEAK_LYRICS)
-        weak = nothing if prompt.weak_tags is None else prompt.weak_tags
-        others = [(text, tags_mask, words, words_mask, None, focus) for text in (weak, tags)]
+        others = [(text, tags_mask, words, words_mask, None, focus) for text in (nothing if weak is None else weak, tags)]
     else:
         heard = torch.zeros_like(words_mask) if guidance.as_trained else words_mask
         others = [(text, tags_mask, torch.zeros_like(words), heard) for text in (nothing, tags)]

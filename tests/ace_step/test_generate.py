@@ -50,6 +50,11 @@ def test_every_dial_makes_a_song(tiny, how):
     assert np.isfinite(song.samples).all() and song.peak > 0.01
 
 
+def test_half_precision_makes_nearly_the_same_song(tiny):
+    exact, half = (play(tiny, lyrics=LYRICS, how=QUICK, dtype=dtype)[0] for dtype in ("fp32", "bf16"))
+    assert 0 < apart(exact, half) and np.corrcoef(exact.samples[0], half.samples[0])[0, 1] > 0.95
+
+
 def test_changes_keep_what_they_should(tiny, tone):
     new, = play(tiny, change=Repaint(tone, 1, 2))
     assert np.array_equal(new.samples[:, :41_000], tone.with_channels(2).samples[:, :41_000])
