@@ -262,37 +262,39 @@ def train(
 def generate(
     model: Annotated[str, typer.Option(help="A model's folder or hub name.")] = "facebook/musicgen-small",
     prompt: Annotated[Optional[list[str]], typer.Option(help="What to play; may be given several times.")] = None,
+    lyrics: Annotated[Optional[str], typer.Option(help="ACE-Step: what is sung, as text or the name of a text file.")] = None,
     adapter: Annotated[Optional[Path], typer.Option(help="An adapter: a peft folder, a safetensors file, or a run's output folder.")] = None,
     strength: Annotated[float, typer.Option(help="Of the adapter: 0 is the model as it was, 1 as it was trained.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="Length of each piece.")] = 10.0,
     seed: Annotated[int, typer.Option(help="The same seed plays the same piece; further prompts count up from it.")] = 0,
-    guidance: Annotated[float, typer.Option(help="How strictly the prompt is followed; 1 is off.")] = 3.0,
-    temperature: Annotated[float, typer.Option(help="Daring: below 1 safer, above 1 wilder; 0 always takes the likeliest.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 250,
-    start: Annotated[Optional[Path], typer.Option("--continue", help="Go on from this piece of sound.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 (weights only).")] = "auto",
+    guidance: Annotated[Optional[float], typer.Option(help="How strictly the prompt is followed; 1 is off. MusicGen 3, ACE-Step 15.")] = None,
+    temperature: Annotated[Optional[float], typer.Option(help="MusicGen: below 1 safer, above 1 wilder; 0 always takes the likeliest.")] = None,
+    top_k: Annotated[Optional[int], typer.Option(help="MusicGen: choose among the k likeliest tokens; 0 for all.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="ACE-Step: from noise to music; 27 in half the time of 60.")] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="ACE-Step: euler, heun or pingpong.")] = None,
+    start: Annotated[Optional[Path], typer.Option("--continue", help="Go on from this piece of sound; ACE-Step: the song that is changed.")] = None,
+    repaint: Annotated[Optional[str], typer.Option(help="ACE-Step: seconds to make anew, such as 10:20.")] = None,
+    extend: Annotated[Optional[str], typer.Option(help="ACE-Step: seconds to add before and after, such as 0:30.")] = None,
+    was: Annotated[Optional[str], typer.Option(help="ACE-Step: tags of the song as it is, to turn it into the prompt.")] = None,
+    was_lyrics: Annotated[Optional[str], typer.Option(help="ACE-Step: its lyrics, with --was.")] = None,
+    resemble: Annotated[Optional[float], typer.Option(help="ACE-Step: 0 to 1, how much a new song takes over of it.")] = None,
+    variance: Annotated[Optional[float], typer.Option(help="ACE-Step: 0 to 1, how different a retake or a new part is.")] = None,
+    low_vram: Annotated[Optional[bool], typer.Option("--low-vram", help="ACE-Step: slower, in less memory.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 (MusicGen: weights only).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     out: Annotated[Path, typer.Option(help="A .wav, .flac, .ogg or .mp3 file; several prompts are numbered.")] = Path("out.wav"),
 ):
     """Let a model play. The settings are written beside the sound.
 
-    Example: `musiclab generate --model facebook/musicgen-small --adapter output --prompt "808 hip hop beat" --seconds 20 --out beat.wav`
+    Examples:
+    `musiclab generate --model facebook/musicgen-small --adapter output --prompt "808 hip hop beat" --seconds 20 --out beat.wav`
+    `musiclab generate --model ACE-Step/ACE-Step-v1-3.5B --prompt "upbeat pop, female voice" --lyrics song.txt --seconds 120`
     """
-    from musiclab import audio, midi, recipes
-    from musiclab.core import fetch
-    from musiclab.museformer.generate import write_song
-    open_start = midi.read if start and start.suffix.lower() in (".mid", ".midi") else audio.load
-    make = recipes.look_up(recipes.family_of(fetch(model)).generate)
-    settings = dict(seconds=seconds, seed=seed, guidance=guidance, temperature=temperature, top_k=top_k, strength=strength)
-    prompts = prompt or [""]
-    pieces = make(model, prompts, **settings, adapter=recipes.result_in(adapter) if adapter else None, start=open_start(start) if start else None,
-                  device=device, dtype="auto" if precision == "int8" else precision, int8=precision == "int8")
-    for i, (text, piece) in enumerate(zip(prompts, pieces)):
-        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i:02d}")
-        written = settings | {"seed": seed + i, "model": model, "prompt": text, "adapter": str(adapter) if adapter else None, "precision": precision}
-        if hasattr(piece, "samples"): piece.save(path, params=written)
-        else: write_song(piece, path, written)
-        typer.echo(f"wrote {path}")
+    given = dict(lyrics=lyrics, guidance=guidance, temperature=temperature, top_k=top_k, steps=steps, sampler=sampler, repaint=repaint, extend=extend,
+                 was=was, was_lyrics=was_lyrics, resemble=resemble, variance=variance, low_vram=low_vram, int8=precision == "int8" or None)
+    settings = dict(seconds=seconds, seed=seed, strength=strength, device=device) | {name: value for name, value in given.items() if value is not None}
+    from musiclab.recipes import play
+    for path in play(model, prompt or [""], settings, out, adapter, start, precision): typer.echo(f"wrote {path}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #b4ec947b
 @app.command()

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'look_up', 'Family', 'family', 'family_of', 'ready_configs', 'find_config', 'load_config', 'read_tracks',
-           'read_data', 'train', 'listener', 'result_in', 'export']
+           'read_data', 'train', 'listener', 'result_in', 'export', 'play']
 
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
 import difflib, importlib, json, sys
@@ -15,6 +15,7 @@ def look_up(
     name: str, # "package.module:thing"
 ): # the thing
     "Import what a name of the registry stands for."
+    if not name: raise MusiclabError("this is not built yet for the model's family", "musiclab", "It can be generated with: musiclab generate")
     module, _, thing = name.partition(":")
     return getattr(importlib.import_module(module), thing)
 
@@ -23,12 +24,13 @@ class Family:
     "What the tools know about a model family, by name; nothing is imported before it is used."
     title: str # for people
     model_types: tuple[str, ...] # what `config.json` of its checkpoints says
-    config: str # subclass of TrainConfig
+    config: str # subclass of TrainConfig; "" for a family that is not trained here, like `task` and `merge`
     task: str # makes a Task from such a configuration
     tiny: str # function: folder, seed -> a small random checkpoint in the release layout
     generate: str # function: model, prompts, … -> list of Audio or Song
     merge: str # function: model, adapter, out, strength -> folder of a whole model
     read: str = "musiclab.recipes:read_tracks" # function: config, path -> Tracks
+    mark: str = "" # a file of its checkpoints that tells them, where there is no `config.json` at the top
 
 # %% ../nbs/5_tools/50_recipes.ipynb #58eac5f1
 FAMILIES = {
@@ -36,6 +38,8 @@ FAMILIES = {
                        "musiclab.musicgen.train:MusicGenTask", "musiclab.musicgen.checkpoint:tiny_checkpoint", "musiclab.musicgen.generate:generate", "musiclab.musicgen.train:merge"),
     "museformer": Family("HID-MuseFormer (MIDI, trained from nothing)", ("hid_museformer",), "musiclab.museformer.train:MuseFormerConfig", "musiclab.museformer.train:MuseFormerTask",
                          "musiclab.museformer.train:tiny_checkpoint", "musiclab.museformer.generate:generate", "musiclab.museformer.train:merge", "musiclab.museformer.data:read_for"),
+    "ace_step": Family("ACE-Step v1 (songs with lyrics, flow matching)", (), "", "", "musiclab.ace_step.checkpoint:tiny_checkpoint",
+                       "musiclab.ace_step.generate:play", "", mark="ace_step_transformer/config.json"),
 }
 
 def family(
@@ -51,6 +55,8 @@ def family_of(
     folder: str | Path, # a model's folder
 ) -> Family:
     "The family that a checkpoint belongs to."
+    for found in FAMILIES.values():
+        if found.mark and (Path(folder)/found.mark).is_file(): return found
     try: kind = json.loads((Path(folder)/"config.json").read_text()).get("model_type")
     except (OSError, ValueError) as error: raise MusiclabError("has no readable config.json", folder, "Is this the folder of a model?") from error
     for found in FAMILIES.values():
@@ -159,3 +165,33 @@ def export(
         return look_up(family_of(fetch(model or base)).merge)(model or base, result, out, strength)
     if state.is_file(): raise MusiclabError("is a full fine-tune, not an adapter", result, "Use --to merged")
     return adapters.write(found, out)
+
+# %% ../nbs/5_tools/50_recipes.ipynb #2118a830
+def play(
+    model: str | Path, # a model's folder or hub name
+    prompts: list[str],
+    settings: dict, # of the family's `generate`; one that it does not know is an error
+    out: str | Path, # the sound file; several prompts are numbered
+    adapter: str | Path | None = None, # as in `result_in`
+    start: str | Path | None = None, # a sound file to go on from
+    precision: str = "auto", # or "fp32", "bf16", "fp16", "int8"
+): # the files, one after the other
+    "Let a model play, and write sounds and settings."
+    import inspect
+    from musiclab import audio, midi
+    from musiclab.core import fetch
+    from musiclab.museformer.generate import write_song
+    family, out = family_of(fetch(model)), Path(out)
+    make, open_start = look_up(family.generate), midi.read if Path(start or "").suffix.lower() in (".mid", ".midi") else audio.load
+    known = inspect.signature(make).parameters
+    if "others" not in known and (unknown := [name for name in settings if name not in known]):
+        raise MusiclabError(f"{family.title} has no such setting", f"--{unknown[0].replace('_', '-')}", "See musiclab generate --help")
+    pieces = make(model, prompts, **settings, adapter=result_in(adapter) if adapter else None, start=open_start(start) if start else None,
+                  dtype="auto" if precision == "int8" else precision)
+    for i, (text, piece) in enumerate(zip(prompts, pieces)):
+        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i:02d}")
+        made_by = {"seed": settings.get("seed", 0) + i, "model": model, "prompt": text, "precision": precision}
+        written = settings | made_by | {"adapter": adapter and str(adapter), "continue": start and str(start)}
+        if hasattr(piece, "samples"): piece.save(path, params=written)
+        else: write_song(piece, path, written)
+        yield path
