@@ -31,6 +31,7 @@ def deeper(blocks: list) -> list: # the same, main headings one level further do
     "Blocks of a page of its own as a section of a longer one."
     return ["#" + block if isinstance(block, str) and block.startswith("## ") else block for block in blocks]
 
+# %% ../nbs/5_tools/52_demo.ipynb #8c00559c
 def data_part(folder: Path, valid: float) -> tuple: # train, valid, blocks of the report
     "Check and split."
     tracks = data.read(folder)
