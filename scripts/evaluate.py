@@ -3,4 +3,4 @@ import sys
 
 from musiclab.cli import main
 
-main(["evaluate", *sys.argv[1:]])
+if __name__ == "__main__": main(["evaluate", *sys.argv[1:]])

@@ -3,4 +3,4 @@ import sys
 
 from musiclab.cli import main
 
-main(["generate", *sys.argv[1:]])
+if __name__ == "__main__": main(["generate", *sys.argv[1:]])

@@ -3,4 +3,4 @@ import sys
 
 from musiclab.cli import main
 
-main(["data", "convert", "--rate", "32000", "--valid", "0.2", *sys.argv[1:]])
+if __name__ == "__main__": main(["data", "convert", "--rate", "32000", "--valid", "0.2", *sys.argv[1:]])

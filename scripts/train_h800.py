@@ -4,4 +4,4 @@ import sys
 
 from musiclab.cli import main
 
-main(["museformer", "train", *sys.argv[1:]])
+if __name__ == "__main__": main(["museformer", "train", *sys.argv[1:]])

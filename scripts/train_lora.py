@@ -3,4 +3,4 @@ import sys
 
 from musiclab.cli import main
 
-main(["train", "musicgen_lora", *sys.argv[1:]])
+if __name__ == "__main__": main(["train", "musicgen_lora", *sys.argv[1:]])

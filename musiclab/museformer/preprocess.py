@@ -17,7 +17,7 @@ from ..core import MusiclabError, Problem, atomic_write
 from ..features import Prepared, input_id, inputs_of, place_all
 from ..midi import MidiError, read
 from .tokenizer import HIDTokenizerV2
-from .vocabulary import BAR, EOS, GRID, VOCABULARY, is_kind
+from .vocabulary import BAR, EOS, GRID, SUM, VOCABULARY, is_kind
 from ..shards import Shelf, Store
 from ..tracks import MIDI_SUFFIXES, Source, Track
 
@@ -65,10 +65,11 @@ def cut_at_bar(
     ids: np.ndarray, # tokens of a piece
     longest: int, # tokens
 ) -> np.ndarray: # the piece, or its beginning, without EOS
-    "As many whole bars as fit."
+    "As many whole bars as fit; of a first bar that is too long as many whole segments."
     if len(ids) <= longest: return ids
-    starts = np.flatnonzero(ids == BAR)
-    return ids[:max((start for start in starts if start <= longest), default=longest)]
+    bars = np.flatnonzero(ids[:longest + 1] == BAR)[1:] # where a bar ends: at the next one
+    ends = bars if len(bars) else np.flatnonzero(ids[:longest] == SUM) + 1
+    return ids[:ends[-1] if len(ends) else longest]
 
 class Tokens:
     "The tokens of MIDI files: `ids`, int16, for each."

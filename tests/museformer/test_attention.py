@@ -22,7 +22,8 @@ def test_chunks_and_flex_give_what_the_dense_mask_gives(name, lengths):
         ours = Chunked.plan(at, PRESETS[name], size)(q, k, v)
         assert torch.allclose(ours, truth, atol=1e-5)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), slopes): assert torch.allclose(a, b, atol=1e-5)
-    with torch.no_grad(): assert torch.allclose(Flex.plan(at, PRESETS[name])(q, k, v), truth, atol=1e-5)
+    plain = (x.detach() for x in (q, k, v)) # FlexAttention has no backward pass on a CPU, and refuses what could ask for one
+    assert torch.allclose(Flex.plan(at, PRESETS[name])(*plain), truth, atol=1e-5)
 
 
 def test_in_half_precision_it_is_close():
