@@ -25,10 +25,11 @@ def prepare(
     Example: `musiclab audiocraft prepare my_songs crafted`
     """
     from musiclab import data
+    from musiclab.tracks import MIDI_SUFFIXES
     from musiclab.musicgen import audiocraft
     report = data.check(data.read(where), decode=True)
     for problem in report.problems: typer.echo(f"left out {problem}", err=True)
-    sounds = [row for row, track in enumerate(report.tracks) if track.source and track.source.suffix not in data.MIDI_SUFFIXES]
+    sounds = [row for row, track in enumerate(report.tracks) if track.source and track.source.suffix not in MIDI_SUFFIXES]
     if len(sounds) < len(report.tracks): typer.echo(f"left out {len(report.tracks) - len(sounds)} tracks that hold no sound, only notes or tokens", err=True)
     folder = audiocraft.prepare(report.tracks.select(sounds), out, valid, chunk, 1 + stereo, seed)
     typer.echo(f"wrote {folder}\n{audiocraft.check(folder)}")

@@ -36,7 +36,7 @@ def data_part(folder: Path, valid: float) -> tuple: # train, valid, blocks of th
     "Check and split."
     tracks = data.read(folder)
     train, held_out = data.split(tracks, valid)
-    return train, held_out, ["## 2 · Checked and split", f"{len(train)} songs to learn from, {len(held_out)} to test with; no song on both sides.", *deeper(report.data_blocks(data.check(tracks)))]
+    return train, held_out, ["## 2 · Checked and split", f"{len(train)} songs to learn from, {len(held_out)} to test with; no song on both sides.", *deeper(report.data_blocks(data.check(tracks, decode=True)))]
 
 # %% ../nbs/5_tools/52_demo.ipynb #a0b59dc4
 @dataclass

@@ -43,7 +43,7 @@ def test_the_defaults_are_those_of_the_plan():
         schedule="cosine", warmup=100, restarts=1, clip=1.0, ema=0.0,
         precision="auto", device="auto", gradient_checkpointing=True, compile=False, strategy="auto", workers=2, bucket=False,
         store=None, cache=True, validate_every=None, sample_every=None, sample_prompts=[], sample_seconds=8, log_every=1,
-        trackers=["tensorboard"], save_every=None, save_minutes=15, keep=3, resume="latest", time_budget=None, debug=False,
+        trackers=["tensorboard"], project="musiclab", save_every=None, save_minutes=15, keep=3, resume="latest", time_budget=None, debug=False,
         limit_batches=None)
     assert config.model_dump() == GIVEN | plan
     assert TrainConfig(**GIVEN).sample_prompts is not TrainConfig(**GIVEN).sample_prompts

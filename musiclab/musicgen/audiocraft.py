@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .. import data
+from ..check import listed
 from ..core import MusiclabError, Problem, progress
 from ..data import Source, Track, Tracks
 from ..rows import jsonl_rows
@@ -130,7 +131,7 @@ class Inspection:
 
     def __repr__(self) -> str:
         lines = [", ".join(f"{part} {n}" for part, n in self.counts.items()) + f"; {self.hours:.2f} hours to train on"]
-        for name in ("problems", "remarks"): lines += [f"{len(getattr(self, name)) or 'no'} {name}", *data.listed(getattr(self, name))]
+        for name in ("problems", "remarks"): lines += [f"{len(getattr(self, name)) or 'no'} {name}", *listed(getattr(self, name))]
         return "\n".join(lines)
 
 def check(
