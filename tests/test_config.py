@@ -44,7 +44,7 @@ def test_the_defaults_are_those_of_the_plan():
         precision="auto", device="auto", gradient_checkpointing=True, compile=False, strategy="auto", workers=2, bucket=False,
         store=None, cache=True, validate_every=None, sample_every=None, sample_prompts=[], sample_seconds=8, log_every=1,
         trackers=["tensorboard"], project="musiclab", save_every=None, save_minutes=15, keep=3, resume="latest", time_budget=None, debug=False,
-        limit_batches=None)
+        limit_batches=None, save_epochs=None, validate_epochs=None)
     assert config.model_dump() == GIVEN | plan
     assert TrainConfig(**GIVEN).sample_prompts is not TrainConfig(**GIVEN).sample_prompts
 
