@@ -3,7 +3,6 @@ The first way does everything at each step as one would write it down; each furt
 Run it with nothing else on the machine:  python benchmarks/ace_step_generate.py  (about 3 minutes; --shape real wants a GPU with 16 GB)"""
 import argparse
 import ctypes
-import platform
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from musiclab.ace_step.transformer import Conditions, Config, Transformer
+from machine import processor
 
 SHAPES = {  # the release, and a quarter of its width and of its depth
     "real": Config(),
@@ -164,12 +164,6 @@ def weights(config: Config) -> None:
     for what, more in (("all", (True, True)), ("without the unused ones", (True, False)), ("and without projectors", (False, False))):
         with torch.device("meta"): size = sum(p.numel() for p in Transformer(config, *more).parameters())
         print(f"  {what:24} {2 * size / 1e9:.2f} GB")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

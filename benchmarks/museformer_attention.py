@@ -2,12 +2,10 @@
 against the same mask written out, and against plain causal attention (PyTorch's flash kernel). Every case in a process of its own, for its peak of memory.
 Run it with nothing else on the machine:  python benchmarks/museformer_attention.py  (about 3 minutes, 6 GB of memory)"""
 import argparse
-import platform
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from musiclab import compose
 from musiclab.museformer.attention import PRESETS, Chunked, Dense
 from musiclab.museformer.layout import lay_out
 from musiclab.museformer.tokenizer import HIDTokenizerV2
+from machine import processor
 
 
 def stream(tokens: int) -> np.ndarray:
@@ -50,12 +49,6 @@ def measure(way: str, preset: str, tokens: int) -> None:
 def ask(way: str, preset: str, tokens: int) -> tuple[float, float]:
     answer = subprocess.run([sys.executable, __file__, "--case", way, preset, str(tokens)], capture_output=True, text=True, check=True).stdout.split()
     return float(answer[-2]), float(answer[-1])
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Our decode loop against transformers' `generate`: the same random weights, side by side, greedy, guidance 3, one song.
 Run it with nothing else on the machine:  python benchmarks/musicgen_generate.py  (about 3 minutes, 7 GB of memory for the real shape)"""
 import argparse
-import platform
 import time
 from copy import deepcopy
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from musiclab.musicgen.sampling import Sampler, generate_tokens
 
 prepare_imports()
 from transformers import MusicgenDecoderConfig, MusicgenForConditionalGeneration, T5Config
+from machine import processor
 
 
 def random_model(shape: str) -> MusicgenForConditionalGeneration:
@@ -92,12 +91,6 @@ def small(frames: int, rounds: int) -> None:
     report("musicgen-small, random weights", race(ways, frames, rounds), {
         ("ours bf16", "transformers fp32"): 3, ("ours bf16", "transformers bf16"): 1, ("ours int8", "transformers fp32"): 6})
     print(f"  greedy tokens equal (fp32): {torch.equal(ways['ours fp32'](frames), ways['transformers fp32'](frames))}")
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
