@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['PathText', 'ELSEWHERE', 'Plain', 'parse_yaml', 'Settings', 'tidy', 'nearest', 'in_words', 'explain', 'Songs',
-           'Adapter', 'Steps', 'Machine', 'Watching', 'Saving', 'TrainConfig', 'load', 'read_file', 'split', 'put',
-           'PlainDumper', 'dump', 'describe']
+           'Adapter', 'Steps', 'Machine', 'Watching', 'Saving', 'Rollout', 'TrainConfig', 'load', 'read_file', 'split',
+           'put', 'PlainDumper', 'dump', 'describe']
 
 # %% ../nbs/0_shared/07_config.ipynb #90148efe
-import difflib, json, os, re
+import difflib, json, math, os, re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -70,7 +70,7 @@ def tidy(
     kinds = {get_origin(kind) or kind for kind in (wanted, *get_args(wanted))}
     nothing = isinstance(value, str) and value.lower() == "none" and "none" not in get_args(wanted)
     if nothing and type(None) in kinds: return None
-    if list in kinds and isinstance(value, str): return [] if nothing else [value]
+    if list in kinds and Annotated not in kinds and isinstance(value, str): return [] if nothing else [value] # PathText is a text, too
     if isinstance(value, bool) and bool not in kinds: return str(value).lower() # else True would pass for 1
     return value
 
@@ -131,7 +131,7 @@ class Songs(Settings):
     "What is trained, on what, and where it goes"
     task: str = Field(description="the model family: musicgen, …")
     model: PathText = Field(description="folder of the model, or its name on the hub (name@revision for a fixed version)")
-    data: PathText = Field(description="the songs: a folder, a manifest, or a Hugging Face data set")
+    data: PathText | list[dict[str, Any]] = Field(description="the songs: a folder, a manifest, or a Hugging Face data set; or several with options (musiclab.sets)")
     valid_data: PathText | None = Field(None, description="songs to validate on; none: a part of data is held back")
     valid_fraction: float = Field(0.2, ge=0, lt=1, description="which part of data is held back, by whole songs")
     output: PathText = Field("output", description="folder for checkpoints, logs, samples and the result")
@@ -206,6 +206,24 @@ class Saving(Settings):
     time_budget: float | None = Field(None, gt=0, description="minutes until the run saves and ends by itself")
     debug: bool = Field(False, description="two steps on little data, with all checks on")
     limit_batches: int | None = Field(None, ge=1, description="use only the data of so many steps")
+
+# %% ../nbs/0_shared/07_config.ipynb #56df4530
+class Rollout(Settings):
+    "Learning from the model's own output (scheduled sampling)"
+    rollout: float = Field(0.0, ge=0, le=1, description="part of the input that the model makes itself; with rollout_ramp: at the end of the ramp; 0: none")
+    rollout_from: float = Field(0.0, ge=0, le=1, description="the part at the beginning of the ramp")
+    rollout_start: int = Field(0, ge=0, description="steps before it begins")
+    rollout_ramp: int = Field(0, ge=0, description="steps in which rollout_from becomes rollout; 0: at once")
+    rollout_shape: Literal["linear", "cosine"] = Field("linear", description="form of the ramp")
+
+    def rollout_at(self,
+        step: int, # steps done so far
+    ) -> float: # 0..1
+        "How much of the input the model makes itself at a step."
+        if step < self.rollout_start: return self.rollout_from if self.rollout_ramp else 0.0
+        way = min(1.0, (step - self.rollout_start) / self.rollout_ramp) if self.rollout_ramp else 1.0
+        if self.rollout_shape == "cosine": way = (1 - math.cos(math.pi * way)) / 2
+        return self.rollout_from + (self.rollout - self.rollout_from) * way
 
 # %% ../nbs/0_shared/07_config.ipynb #563fd6a7
 class TrainConfig(Saving, Watching, Machine, Steps, Adapter, Songs): # what is named last comes first

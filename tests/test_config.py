@@ -191,7 +191,7 @@ def test_everything_wrong_is_said_at_once():
     said = error({"task": "musicgen", "modle": "x", "rank": "a", "quantize": 3})
     assert said == ("rank: expected whole number ≥ 1, got 'a'; quantize: expected int8 | nf4 or none, got 3; "
                     "unknown setting 'modle', did you mean 'model'?; "
-                    "'data' is missing: the songs: a folder, a manifest, or a Hugging Face data set")
+                    "'data' is missing: the songs: a folder, a manifest, or a Hugging Face data set; or several with options (musiclab.sets)")
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, Family])
