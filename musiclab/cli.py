@@ -151,6 +151,7 @@ def generate(
     resemble: Annotated[Optional[float], typer.Option(help="ACE-Step: 0 to 1, how much a new song takes over of it.")] = None,
     variance: Annotated[Optional[float], typer.Option(help="ACE-Step: 0 to 1, how different a retake or a new part is.")] = None,
     low_vram: Annotated[Optional[bool], typer.Option("--low-vram", help="ACE-Step: slower, in less memory.")] = None,
+    setting: Annotated[Optional[list[str]], typer.Option("--set", help="Any other dial, as key=value. ACE-Step: guidance_kind (apg, cfg, cfg_star), interval, decay, tag_guidance, lyric_guidance, omega, shift, oss.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 (MusicGen: weights only).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     out: Annotated[Path, typer.Option(help="A .wav, .flac, .ogg or .mp3 file; several prompts are numbered.")] = Path("out.wav"),
@@ -163,8 +164,10 @@ def generate(
     """
     given = dict(lyrics=lyrics, guidance=guidance, temperature=temperature, top_k=top_k, steps=steps, sampler=sampler, repaint=repaint, extend=extend,
                  was=was, was_lyrics=was_lyrics, resemble=resemble, variance=variance, low_vram=low_vram, int8=precision == "int8" or None)
-    settings = dict(seconds=seconds, seed=seed, strength=strength, device=device) | {name: value for name, value in given.items() if value is not None}
+    from musiclab import config
     from musiclab.recipes import play
+    settings = dict(seconds=seconds, seed=seed, strength=strength, device=device) | {name: value for name, value in given.items() if value is not None}
+    for dial in setting or []: settings = config.put(settings, *config.split(dial))
     for path in play(model, prompt or [""], settings, out, adapter, start, precision): typer.echo(f"wrote {path}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #b4ec947b

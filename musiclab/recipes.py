@@ -185,7 +185,8 @@ def play(
     make, open_start = look_up(family.generate), midi.read if Path(start or "").suffix.lower() in (".mid", ".midi") else audio.load
     known = inspect.signature(make).parameters
     if "others" not in known and (unknown := [name for name in settings if name not in known]):
-        raise MusiclabError(f"{family.title} has no such setting", f"--{unknown[0].replace('_', '-')}", "See musiclab generate --help")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise MusiclabError(f"{family.title} has no such setting", f"--{unknown[0].replace('_', '-')}", f"Did you mean {near[0]}?" if near else "See musiclab generate --help")
     pieces = make(model, prompts, **settings, adapter=result_in(adapter) if adapter else None, start=open_start(start) if start else None,
                   dtype="auto" if precision == "int8" else precision)
     for i, (text, piece) in enumerate(zip(prompts, pieces)):

@@ -154,3 +154,14 @@ def test_the_command_line_writes_songs_and_their_settings(tiny, tmp_path):
                          (["--continue", tmp_path / "a.wav", "--repaint", "9:12"], "no part")):
         status, text = command(*wrong, out="c.wav")
         assert status == 1 and words in text and text.count("\n") == 1, text
+
+
+def test_every_dial_is_reached_from_the_shell(tiny, tmp_path):
+    common = ["generate", "--model", str(tiny), "--prompt", "pop", "--seconds", "1.5", "--device", "cpu", "--out", str(tmp_path / "song.wav")]
+    def sound(*dials):
+        assert run(*common, *(word for dial in dials for word in ("--set", dial)))[0] == 0
+        return load(tmp_path / "song.wav")
+    plain = sound("guidance_kind=cfg", "guidance=4", "interval=1", "oss=2,4,6")
+    for dial in ("guidance_kind=cfg_star", "omega=-20", "oss=1,2,6", "tag_guidance=3"):
+        dials = [dial] + ["lyric_guidance=2"] * dial.startswith("tag")
+        assert apart(plain, sound("guidance_kind=cfg", "guidance=4", "interval=1", "oss=2,4,6", *dials)) > 1e-5, dial
