@@ -47,9 +47,9 @@ def beside(
     "The file that goes with the music."
     stem, suffix = os.path.splitext(name)
     for pattern in patterns:
-        try: other = pattern.format(filename=stem, stem=stem, name=name, suffix=suffix, ext=suffix[1:], parent=os.path.basename(folder))
+        try: other = pattern.format(filename=stem, stem=stem, name=name, suffix=suffix, ext=suffix[1:], parent=os.path.basename(folder), dirname=folder)
         except (KeyError, IndexError, ValueError) as error:
-            raise MusiclabError(f"no such placeholder: {error}", pattern, "There are filename, name, suffix, ext and parent") from error
+            raise MusiclabError(f"no such placeholder: {error}", pattern, "There are filename, stem, name, suffix, ext, parent and dirname") from error
         if other in names or "/" in other and os.path.isfile(os.path.join(folder, other)): return os.path.join(folder, other)
 
 # %% ../nbs/0_shared/05c_readers.ipynb #34c1f6f1

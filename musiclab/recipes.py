@@ -81,11 +81,12 @@ def find_config(
 
 # %% ../nbs/5_tools/50_recipes.ipynb #717b04d2
 def load_config(
-    name: str | Path, # a file, or the name of a ready configuration
+    name: str | Path, # a file, the name of a ready configuration, or env=NAME
     overrides: list[str] = (), # "key=value"
 ): # the family's settings
-    "Read a configuration; its `task` decides which settings there are."
-    from musiclab import config
+    "Read a configuration, ours or SimpleTuner's; the model family decides which settings there are."
+    from musiclab import config, simpletuner
+    if simpletuner.is_one(name): return simpletuner.load(name, overrides).config
     path = find_config(name)
     named = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
     task = named[-1] if named else config.read_file(path).get("task")
@@ -93,10 +94,10 @@ def load_config(
     return config.load(path, overrides, look_up(family(task).config))
 
 # %% ../nbs/5_tools/50_recipes.ipynb #c9d5c0b4
-def read_tracks(config, where: str | Path):
-    "A data set, of whatever convention."
-    from musiclab import data
-    return data.read(where)
+def read_tracks(config, where: str | Path | list):
+    "A data set, of whatever convention, or a list of several with their options."
+    from musiclab import data, sets
+    return sets.read_sets(where) if isinstance(where, list) else data.read(where)
 
 def read_data(
     config, # TrainConfig: data, valid_data, valid_fraction, seed
@@ -104,6 +105,7 @@ def read_data(
     "The training and validation tracks of a configuration."
     from musiclab import data
     read = look_up(family(config.task).read)
+    if isinstance(config.data, list) and read is not read_tracks: raise MusiclabError(f"{config.task} reads one data set, and no list of them", "data")
     tracks = read(config, config.data)
     for problem in tracks.problems: print(f"left out {problem}")
     if config.valid_data: return tracks, read(config, config.valid_data)
