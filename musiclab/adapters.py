@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['PREFIXES', 'fresh', 'install', 'weaken', 'adapted', 'parts', 'adapter_state', 'load_adapter_state', 'attach',
-           'merged_weight', 'set_strength', 'merge', 'save', 'renamed', 'expression', 'read_for', 'load']
+           'merged_weight', 'set_strength', 'merge', 'modules_file', 'load_modules', 'save', 'renamed', 'expression',
+           'read_for', 'load']
 
 # %% ../nbs/0_shared/08_adapters.ipynb #365edce9
 import math, re, warnings
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .adapter_files import COMFYUI, KEY, MAX_RANK, METHODS, Adapter, Format, inspect, peft_settings, printable, write
 from .adapter_files import find # noqa: F401 (for those who deal with adapters only)
@@ -183,6 +185,27 @@ def merge(
     return model
 
 # %% ../nbs/0_shared/08_adapters.ipynb #5a8085fa
+def modules_file(
+    weights: str | Path, # an adapter
+) -> Path: # it need not be there
+    "Where modules lie that were trained whole, beside an adapter."
+    weights = find(weights)
+    return weights.with_name(f"{weights.stem}_modules.safetensors")
+
+def load_modules(
+    model: nn.Module,
+    file: Path, # of `modules_file`
+    strength: float = 1.0, # 0 leaves the model as it is, 1 takes the file's weights
+) -> list[str]: # their names
+    "Put modules that were trained whole into a model. What does not fit is an error."
+    own, there = dict(model.named_parameters()), load_file(file)
+    odd = [name for name, weight in there.items() if name not in own or own[name].shape != weight.shape]
+    if odd: raise MusiclabError(f"{len(odd)} weights have no place in this model, such as {printable(odd[0])}", file, "It belongs to another model")
+    with torch.no_grad():
+        for name, weight in there.items(): own[name].copy_(own[name].float().lerp(weight.to(own[name].device).float(), strength))
+    return list(there)
+
+# %% ../nbs/0_shared/08_adapters.ipynb #ea6efe54
 def save(
     model: nn.Module,
     path: str | Path, # NAME.safetensors for a single file, anything else for a peft folder
@@ -192,13 +215,17 @@ def save(
     format: Format | None = None, # another tool's layout
     name: str = "default",
     state: Mapping[str, Tensor] | None = None, # other weights for it, such as their average, as `adapter_state` gives them
+    modules: Mapping[str, Tensor] | None = None, # weights of modules that were trained whole
 ) -> Path: # what was written
     "Save an adapter of a model with all that is needed to use it."
     state, settings = dict(state or adapter_state(model, name)), model.peft_config[name]
     method = "dora" if settings.use_dora else "rslora" if settings.use_rslora else "lora"
     targets = settings.target_modules if isinstance(settings.target_modules, str) else ""
     alphas = {path: float(layer.lora_alpha[name]) for path, layer in adapted(model, name).items()}
-    return write(Adapter(state, alphas, method, base, targets, steps, dict(config or {})), path, format)
+    path = write(Adapter(state, alphas, method, base, targets, steps, dict(config or {})), path, format)
+    if modules: save_file({name: weight.contiguous() for name, weight in modules.items()}, modules_file(path))
+    else: modules_file(path).unlink(missing_ok=True) # those of an earlier adapter of this name
+    return path
 
 # %% ../nbs/0_shared/08_adapters.ipynb #586eadfb
 PREFIXES = ("", "diffusion_model.", "transformer.", "model.", "unet.", "lora_unet_", "lora_transformer_", "lycoris_")
@@ -273,4 +300,5 @@ def load(
         load_adapter_state(model, adapter.tensors, name, path)
     else: install(model, adapter, name, dropout, trainable)
     set_strength(model, strength, name)
+    if (beside := modules_file(path)).is_file(): load_modules(model, beside, strength)
     return adapter

@@ -33,6 +33,8 @@ class Feature(Protocol):
         return input
     def open(self, device) -> AbstractContextManager[Callable[[list], list[dict]]]:
         "A context: loads the encoder, gives `encode(list of what was read) -> list of rows`, frees it. A row is {field: numpy array}."
+    def announce(self, inputs: int) -> str:
+        "What is said before the rows of so many inputs are made, such as how large they will be. May be left out."
 
 # %% ../nbs/0_shared/06_features.ipynb #d27aba71
 class Digests:
@@ -254,6 +256,7 @@ def place_all(
     wanted, first = np.unique(keys, return_index=True)
     lacking = int((shelf.find(wanted)[:, 0] < 0).sum())
     if lacking:
+        if hasattr(feature, "announce"): print(feature.announce(lacking))
         owner_of = dict(zip(wanted.astype(str).tolist(), owners[first].tolist()))
         def input_of(key): t, n = owner_of[key]; return feature.inputs(tracks[t])[n]
         with ExitStack() as stack:

@@ -38,8 +38,8 @@ FAMILIES = {
                        "musiclab.musicgen.train:MusicGenTask", "musiclab.musicgen.checkpoint:tiny_checkpoint", "musiclab.musicgen.generate:generate", "musiclab.musicgen.train:merge"),
     "museformer": Family("HID-MuseFormer (MIDI, trained from nothing)", ("hid_museformer",), "musiclab.museformer.train:MuseFormerConfig", "musiclab.museformer.train:MuseFormerTask",
                          "musiclab.museformer.train:tiny_checkpoint", "musiclab.museformer.generate:generate", "musiclab.museformer.train:merge", "musiclab.museformer.data:read_for"),
-    "ace_step": Family("ACE-Step v1 (songs with lyrics, flow matching)", (), "", "", "musiclab.ace_step.checkpoint:tiny_checkpoint",
-                       "musiclab.ace_step.generate:play", "", mark="ace_step_transformer/config.json"),
+    "ace_step": Family("ACE-Step v1 (songs with lyrics, flow matching)", (), "musiclab.ace_step.settings:AceStepConfig", "musiclab.ace_step.train:AceStepTask", "musiclab.ace_step.checkpoint:tiny_checkpoint",
+                       "musiclab.ace_step.generate:play", "musiclab.ace_step.train:merge", mark="ace_step_transformer/config.json"),
 }
 
 def family(

@@ -138,7 +138,7 @@ class Run:
         prompts: list, # texts, or mappings of Track fields (caption, tags, lyrics)
         seconds: float = 8.0, # length of each piece
         seed: int = 0, # equal seeds give equal chance, so before and after can be compared
-        strength: float = 1.0, # of the adapter; 0 is the model as it was
+        strength: float = 1.0, # of the adapter; 0 is the model as it was, but for modules that were trained whole
     ) -> list: # Audio or Song per prompt
         "Play what has been learned."
         if not self.engine.lora and strength != 1.0:
@@ -180,11 +180,12 @@ def save(run: Run) -> None:
     weights, memory, plain = engine_state(engine)
     with engine.ema.applied() if engine.ema else nullcontext():
         adapter = {key: whole(value).cpu().clone() for key, value in adapters.adapter_state(engine.model).items()} if engine.lora else None
+        modules = {name: whole(p.detach()).cpu().clone() for name, p in engine.params.items() if ".lora_" not in name} if engine.lora else None
     def fill(folder: Path):
         save_file({name: w.cpu().contiguous() for name, w in weights.items()}, folder/"trained.safetensors")
         save_state(folder/"memory.safetensors", memory)
         atomic_write(folder/"state.json", json.dumps({"step": run.step, "musiclab": __version__, "engine": plain, "config": asdict_of(config)}, indent=1))
-        if adapter: adapters.save(engine.model, folder/"adapter", config.model, run.step, state=adapter)
+        if adapter: adapters.save(engine.model, folder/"adapter", config.model, run.step, {"task": config.task}, state=adapter, modules=modules)
     if engine.rank == 0: run.checkpoints.save(run.step, fill)
     if engine.world > 1: torch.distributed.barrier()
 

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Latents', 'captions', 'Text', 'Lyrics', 'crop', 'example', 'pad', 'collate', 'Ragged']
 
-# %% ../../nbs/2_ace_step/29d_data.ipynb #55259314
-from collections.abc import Callable, Mapping, Sequence
+# %% ../../nbs/2_ace_step/29d_data.ipynb #750dc8af
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -18,10 +18,10 @@ from .generate import text_states
 from .lyrics import FILE, LyricTokenizer, fetch_vocabulary
 from .vocoder import RATE
 from ..audio import Audio
-from ..core import Draw, fetch, sha256
+from ..core import Draw, sha256
 from ..task import Batch
 
-# %% ../../nbs/2_ace_step/29d_data.ipynb #913b0f7a
+# %% ../../nbs/2_ace_step/29d_data.ipynb #249b00b8
 class Latents:
     "The feature `latents`: each whole track as the codec sees it, float16 [8, 16, frames]."
     name, where = "latents", "device"
@@ -49,7 +49,7 @@ class Latents:
         codec = open_codec(self.folder, device=device)
         yield lambda sounds: [{"latents": codec.encode(sound).half().cpu().numpy()} for sound in sounds]
 
-# %% ../../nbs/2_ace_step/29d_data.ipynb #81ef7759
+# %% ../../nbs/2_ace_step/29d_data.ipynb #4566a40f
 def captions(
     track, # with `captions` and `tags`
     variants: int = 0, # how many orders of the tags, besides the captions themselves
@@ -82,7 +82,7 @@ class Text:
         encoder, tokenizer = open_text_encoder(self.folder, device=device), open_text_tokenizer(self.folder)
         yield lambda texts: [{"states": text_states(encoder, tokenizer, text)[0].cpu().numpy()} for text in texts]
 
-# %% ../../nbs/2_ace_step/29d_data.ipynb #1ee64743
+# %% ../../nbs/2_ace_step/29d_data.ipynb #fa519004
 class Lyrics:
     "The feature `lyrics`: ids of each song text, int16 [tokens]; none for an instrumental."
     name, where = "lyrics", "device" # in this process: it is quick, and most songs of a small data set take less time than to start another
@@ -112,7 +112,7 @@ class Lyrics:
             return [{"ids": np.array(tokenizer(text) if text else [], np.int16)} for text in texts]
         yield encode
 
-# %% ../../nbs/2_ace_step/29d_data.ipynb #172736c2
+# %% ../../nbs/2_ace_step/29d_data.ipynb #a0b6d714
 def crop(
     length: int, # frames of the song
     frames: int, # how many to take at most
@@ -138,7 +138,7 @@ def example(
     others = {name: stretch(row[0]["states"]) for name, row in rows.items() if name not in ("latents", "text", "lyrics")}
     return {"latents": whole[..., start:end], "states": texts[draw("caption").integers(len(texts))]["states"], "ids": rows["lyrics"][0]["ids"]} | others
 
-# %% ../../nbs/2_ace_step/29d_data.ipynb #92d43f8a
+# %% ../../nbs/2_ace_step/29d_data.ipynb #155ecec2
 def pad(
     rows: Sequence[np.ndarray], # [length, …] each
     least: int = 1, # columns, even where all rows are empty
@@ -150,6 +150,7 @@ def pad(
 
 def collate(
     examples: Sequence[Mapping], # from `example`
+    parts: Iterable[str] = ("denoise",), # of the loss: each has a term for every song
 ) -> Batch: # latents [batch, 8, 16, frames], text [batch, pieces, width], lyrics [batch, tokens], and their masks
     "Pad examples."
     latents, frames = pad([np.moveaxis(e["latents"], -1, 0).astype(np.float32) for e in examples])
@@ -157,7 +158,7 @@ def collate(
     lyrics, lyrics_mask = pad([e["ids"].astype(np.int64) for e in examples])
     others = {name: [torch.from_numpy(e[name].astype(np.float32)) for e in examples] for name in examples[0] if name not in ("latents", "states", "ids")}
     return Batch({"latents": latents.movedim(1, -1).contiguous(), "frames": frames, "text": text, "text_mask": text_mask,
-                  "lyrics": lyrics, "lyrics_mask": lyrics_mask, **{name: Ragged(rows) for name, rows in others.items()}}, {"denoise": len(examples)})
+                  "lyrics": lyrics, "lyrics_mask": lyrics_mask, **{name: Ragged(rows) for name, rows in others.items()}}, dict.fromkeys(parts, len(examples)))
 
 class Ragged(list):
     "Tensors of different length that travel together."

@@ -3,17 +3,16 @@
 # %% auto #0
 __all__ = ['noise_levels', 'level_at', 'mix', 'Look', 'look', 'denoising_loss', 'forget', 'imitation_loss', 'rollout', 'offsets']
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #3e075e4c
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #3aaee11a
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .schedule import shift, training_levels
 from .transformer import Conditions, Transformer
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #2daedbec
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #693536b8
 def noise_levels(
     u: Tensor, # [batch] chance, 0..1
     by: float = 3.0, # shift: above 1 more noise
@@ -29,7 +28,7 @@ def level_at(
     "The noise level below which a share of the draws lie."
     return float(noise_levels(torch.special.ndtri(torch.tensor([1 - share], dtype=torch.float64)).sigmoid(), by))
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #0bc0a8d5
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #4c926aec
 def mix(
     music: Tensor, # latents [batch, channels, height, frames]
     noise: Tensor, # of the same shape
@@ -58,7 +57,7 @@ def look(
     velocity, inner = model.tap(noisy, 1000 * sigma, told, frames, after=after)
     return Look(velocity, noisy - sigma.view(-1, 1, 1, 1) * velocity.float(), inner)
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #7710582c
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #5fff33bc
 def denoising_loss(
     guess: Tensor, # latents [batch, channels, height, frames]
     music: Tensor, # the real ones
@@ -68,7 +67,7 @@ def denoising_loss(
     wrong = (guess.float() - music).pow(2) * frames[:, None, None]
     return wrong.sum((1, 2, 3)) / (frames.sum(1) * music.shape[1] * music.shape[2])
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #1c0a8cc9
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #d3e7bcfa
 def forget(
     text: Tensor, text_mask: Tensor, lyrics: Tensor, lyrics_mask: Tensor, # as for `Listener.encode`
     no_text: Tensor, # bool [batch]: which songs lose their tags
@@ -78,7 +77,7 @@ def forget(
     kept = ~no_lyrics[:, None]
     return text * ~no_text[:, None, None], text_mask, lyrics * kept, lyrics_mask.bool() & kept
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #55fe51dc
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #e3d51630
 def imitation_loss(
     head: nn.Module, # of the self-supervised losses
     inner: Tensor, # [frames, width] of one song, after a block
@@ -88,7 +87,7 @@ def imitation_loss(
     said = F.interpolate(head(inner).float().T[None], size=len(heard), mode="linear")[0].T
     return (1 - F.cosine_similarity(said, heard.float(), dim=-1)).mean()
 
-# %% ../../nbs/2_ace_step/29e_objective.ipynb #563b56af
+# %% ../../nbs/2_ace_step/29e_objective.ipynb #c160d6ba
 @torch.no_grad()
 def rollout(
     ask: Callable[[Tensor, Tensor], Tensor], # noisy music, noise levels [batch] -> velocity

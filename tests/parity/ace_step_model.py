@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from musiclab.ace_step.block import time_waves
 from musiclab.ace_step.checkpoint import fill
 from musiclab.ace_step.lyric_encoder import distances
+from musiclab.ace_step.objective import denoising_loss, imitation_loss, look, mix, noise_levels
 from musiclab.ace_step.transformer import Conditions, Config, Listener, Transformer
 from tests.parity.rows import Case, Row
 
@@ -85,30 +86,26 @@ def lyric_encoder(case: Case) -> Iterator[Row]:
 
 
 def training_step(case: Case) -> Iterator[Row]:
-    "Noise levels, velocity, losses and gradients; the formulas are the case's README."
+    "Noise levels, velocity, losses and gradients, by the functions that train."
     model, inputs, wanted = open_model(case), case.tensors("inputs"), case.tensors("outputs", torch.float32)
-    steps, shift, names = case.config["num_train_timesteps"], case.config["shift"], case.config["ssl_names"]
-    table = torch.linspace(1, 1 / steps, steps)  # in float32: one step of rounding in the time is seen in the velocity
-    sigmas = (shift * table / (1 + (shift - 1) * table))[(steps * inputs["u"]).long().clamp(0, steps - 1)]
+    assert case.config["num_train_timesteps"] == 1000
+    sigmas, names = noise_levels(inputs["u"], case.config["shift"]), case.config["ssl_names"]
     yield case.close("sigmas", sigmas, wanted.pop("sigmas"), **CLOSE)
     yield case.close("timesteps", 1000 * sigmas, wanted.pop("timesteps"), **CLOSE)
-    level, music = sigmas[:, None, None, None], inputs["latents"]
-    noisy = level * inputs["noise"] + (1 - level) * music
+    music = inputs["latents"]
+    noisy = mix(music, inputs["noise"], sigmas)
     for variant in sorted({name.split("/")[0] for name in wanted}):
         goal = {name.removeprefix(variant + "/"): wanted.pop(name) for name in list(wanted) if name.startswith(variant + "/")}
         frames = inputs[f"attention_mask_{variant}"]
         model.requires_grad_(True).zero_grad()
-        velocity, hidden = model.tap(noisy, 1000 * sigmas, told_by(model, inputs), frames, after=model.config.ssl_encoder_depths)
-        there = frames.bool()[:, None, None].expand_as(velocity)
-        music_again = noisy - level * velocity
-        got = {"noisy": noisy, "velocity": velocity, "x0_pred": music_again}
+        seen = look(model, noisy, sigmas, told_by(model, inputs), frames, model.config.ssl_encoder_depths)
+        there, share = frames.bool()[:, None, None].expand_as(music), frames.float().mean(1)
+        got = {"noisy": noisy, "velocity": seen.velocity, "x0_pred": seen.music}
         for name, tensor in got.items(): yield case.close(f"{variant}/{name}", tensor.detach()[there], goal.pop(name)[there], **CLOSE)
-        each = ((music_again - music) * there).pow(2).mean((1, 2, 3))
-        losses = {"denoising_per_sample": each, "denoising_loss": (each * frames.mean(1)).mean()}
-        for n, name in enumerate(names):
-            targets = [inputs[f"ssl/{name}/{row}"] for row in range(len(each))]
-            guesses = [F.interpolate(z.T[None], size=len(t), mode="linear")[0].T for z, t in zip(model.projectors[n](hidden[n]), targets)]
-            losses[f"{name}_loss"] = torch.stack([(1 - F.cosine_similarity(z, t, dim=-1)).mean() for z, t in zip(guesses, targets)]).mean()
+        each = denoising_loss(seen.music, music, frames.bool()) * share  # the case divides by the padded length
+        losses = {"denoising_per_sample": each, "denoising_loss": (each * share).mean()}  # and weighs with the real share
+        for head, inner, name in zip(model.projectors, seen.inner, names):
+            losses[f"{name}_loss"] = torch.stack([imitation_loss(head, h, inputs[f"ssl/{name}/{row}"]) for row, h in enumerate(inner)]).mean()
         ssl = torch.stack([losses[f"{name}_loss"] for name in names]).mean()
         for name in [name for name in goal if name.startswith("loss_ssl_coeff_")]:
             losses[name] = losses["denoising_loss"] + float(name.rpartition("_")[2]) * ssl
