@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['adapter_files_1', 'adapter_files_2', 'adapters_1', 'adapters_2', 'batches_1', 'checkpoints_1', 'config_1', 'config_2',
-           'engine_1', 'layers_1', 'layers_2', 'log_1', 'optim_1', 'task_1', 'train_1']
+           'engine_1', 'layers_1', 'layers_2', 'log_1', 'optim_1', 'task_1', 'train_1', 'weights_1']
 
 # %% ../../nbs/5_tools/53c_checks_training.ipynb #ef6cba7b
 def adapter_files_1(factor) -> None:
@@ -182,3 +182,19 @@ def train_1(best_step) -> None:
     assert step is not None, "The function returns nothing yet: end it with `return …`."
     assert step != 1, "That is the lowest training loss: it goes on falling while the model learns by heart."
     assert step == 20, f"The validation losses are 4.8, 1.9 and 2.2: the lowest is at step 20, not {step}."
+
+# %% ../../nbs/5_tools/53c_checks_training.ipynb #648249b5
+def weights_1(megabytes) -> None:
+    "Exercise of `07c_weights`: the size of a model in another number format."
+    import tempfile
+    from pathlib import Path
+    import torch
+    from safetensors.torch import save_file
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place)/"a.safetensors", Path(place)/"b.safetensors"]
+        save_file({"in": torch.zeros(300, 500), "bias": torch.zeros(500, dtype=torch.float16)}, files[0])
+        save_file({"out": torch.zeros(40, 10, 5)}, files[1])
+        for bits, right in ((32, 0.61), (8, 0.1525), (4, 0.07625)):
+            answer = megabytes(files, bits)
+            assert answer is not None, "The function returns nothing yet: end it with `return …`."
+            assert abs(answer - right) < 1e-6, f"At {bits} bits it is {right} MB, you have {answer}: all numbers of all files, times bits, by 8 bits a byte and a million."
