@@ -12,7 +12,8 @@ from musiclab.core import prepare_imports
 from musiclab.musicgen.checkpoint import tiny_config
 from musiclab.musicgen.decoder import Decoding, FastDecoder
 from musiclab.musicgen.model import MusicGenLM
-from musiclab.musicgen.sampling import Sampler, generate_tokens
+from musiclab.musicgen.sampling import generate_tokens
+from musiclab.sampling import Sampler
 
 prepare_imports()
 from transformers import MusicgenDecoderConfig, MusicgenForConditionalGeneration, T5Config

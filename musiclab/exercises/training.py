@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['adapter_files_1', 'adapter_files_2', 'adapters_1', 'adapters_2', 'batches_1', 'checkpoints_1', 'config_1', 'config_2',
-           'engine_1', 'layers_1', 'layers_2', 'log_1', 'optim_1', 'task_1', 'train_1', 'weights_1']
+           'dense_1', 'engine_1', 'layers_1', 'layers_2', 'log_1', 'optim_1', 'sampling_1', 'task_1', 'train_1',
+           'weights_1']
 
 # %% ../../nbs/5_tools/53c_checks_training.ipynb #ef6cba7b
 def adapter_files_1(factor) -> None:
@@ -108,6 +109,15 @@ def config_2(SongConfig) -> None:
     assert SongConfig.model_fields["frames"].description, "It needs a description: what is a frame?"
     assert SongConfig(**given).rank == 12, "The settings of every training run should still be there: is it a subclass of TrainConfig?"
 
+# %% ../../nbs/5_tools/53c_checks_training.ipynb #12ea4094
+def dense_1(limit) -> None:
+    "Exercise of `08a_dense`: how many steps per second the memory allows."
+    answer = limit(1e9, 16, 1e12)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert abs(answer - 62.5) > 1e-6, "Eight bits make a byte: it looks as if bits were taken for bytes."
+    assert abs(answer - 500) < 1e-6, f"2 GB from a memory of 1,000 GB/s can be read 500 times a second; you have {answer:g}."
+    assert abs(limit(3.1e9, 8, 1.008e12) - 325.16) < 0.01, "It does not follow all of its arguments."
+
 # %% ../../nbs/5_tools/53c_checks_training.ipynb #aec4c8fd
 def engine_1(scale_for) -> None:
     "Exercise of `10c_engine`: the scale of float16 gradients."
@@ -163,6 +173,18 @@ def optim_1(adamw_bytes) -> None:
     assert small != 4_718_592 * 4, "AdamW keeps two numbers per weight: the mean of the gradient and the mean of its square."
     assert small == 4_718_592 * 8, f"Two numbers of 4 bytes each make {4_718_592 * 8:,} bytes; you have {small:,}."
     print(f"adapter: {small / 1e6:.0f} MB, whole decoder: {adamw_bytes(419_600_000) / 1e9:.1f} GB")
+
+# %% ../../nbs/5_tools/53c_checks_training.ipynb #91f8fe36
+def sampling_1(choices) -> None:
+    "Exercise of `08b_sampling`: among how many tokens a model really chooses."
+    import torch
+    answer = choices(torch.zeros(4), 1.0)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert abs(float(answer) - 1.3863) > 1e-3, "That is the entropy itself: take its exponential."
+    assert abs(float(answer) - 4) < 1e-4, f"Four equal chances count as 4; you have {float(answer):.3f}."
+    assert abs(float(choices(torch.tensor([100.0, 0, 0]), 1.0)) - 1) < 1e-4, "One certain token counts as 1 (mind 0·log 0)."
+    hot = float(choices(torch.tensor([2.0, 0.0]), 2.0))
+    assert abs(hot - float(choices(torch.tensor([1.0, 0.0]), 1.0))) < 1e-5, "Divide the logits by the temperature before the softmax."
 
 # %% ../../nbs/5_tools/53c_checks_training.ipynb #e3005b4c
 def task_1(step_loss) -> None:

@@ -16,7 +16,8 @@ from .checkpoint import open_part, open_tokenizer, read_config
 from .codes import decode, encode
 from .decoder import Decoding, FastDecoder
 from .model import open_lm, pad_states, text_states
-from .sampling import Sampler, generate_tokens
+from .sampling import generate_tokens
+from ..sampling import Sampler
 
 # %% ../../nbs/1_musicgen/14c_generate.ipynb #1c693323
 def encode_texts(

@@ -21,7 +21,7 @@ from .data import captions, collate, example
 from .decoder import FastDecoder
 from .generate import decode_codes, write_codes
 from .model import LORA_TARGETS, MusicGenLM, Text, open_lm, pad_states
-from .sampling import Sampler
+from ..sampling import Sampler
 from .settings import MusicGenConfig
 from ..task import At, Batch, Group, Task
 

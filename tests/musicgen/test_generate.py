@@ -7,10 +7,12 @@ from torch.nn import functional as F
 from musiclab import adapters, layers
 from musiclab.audio import Audio
 from musiclab.core import MusiclabError
-from musiclab.musicgen.decoder import Decoding, FastDecoder, Int8, Packed, Plain, can_pack, dense, forward
+from musiclab.dense import Int8, Packed, Plain, can_pack, dense
+from musiclab.musicgen.decoder import Decoding, FastDecoder, forward
 from musiclab.musicgen.generate import decode_codes, encode_texts, generate, open_decoder, write_codes
 from musiclab.musicgen.model import LORA_TARGETS, open_lm, pad_states
-from musiclab.musicgen.sampling import Sampler, generate_tokens
+from musiclab.musicgen.sampling import generate_tokens
+from musiclab.sampling import Sampler
 from tests.musicgen.conftest import open_whole, transformers_tokens
 
 captions = ["dark melodic techno, 128 bpm", "piano", ""]

@@ -10,7 +10,8 @@ from musiclab.musicgen.codes import delay, trained, training_pair, undelay
 from musiclab.musicgen.convert import from_audiocraft, to_audiocraft
 from musiclab.musicgen.decoder import Decoding, FastDecoder
 from musiclab.musicgen.model import MusicGenLM
-from musiclab.musicgen.sampling import Sampler, generate_tokens
+from musiclab.musicgen.sampling import generate_tokens
+from musiclab.sampling import Sampler
 from tests.parity.rows import Case, Row
 
 prepare_imports()
