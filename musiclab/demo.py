@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['songs_part', 'deeper', 'data_part', 'Trained', 'train_part', 'training_blocks', 'listening_blocks', 'judging_blocks',
-           'run']
+           'train_composer', 'composer_part', 'run']
 
 # %% ../nbs/5_tools/52_demo.ipynb #6b573fa0
 import json, platform, time
@@ -11,7 +11,9 @@ from pathlib import Path
 from . import __version__, compose, data, recipes, report, show
 from .checkpoints import size_of
 from .evaluate import compare
+from .museformer.generate import Wish, generate, write_song
 from .musicgen.checkpoint import tiny_checkpoint
+from .synth import render
 
 # %% ../nbs/5_tools/52_demo.ipynb #d4d78eba
 def songs_part(folder: Path, count: int, seconds: float) -> list: # blocks of the report
@@ -90,6 +92,33 @@ def judging_blocks(trained: Trained, train, held_out, seconds: float) -> list: #
     before, after = ({key: pair[side] for key, pair in pairs.items()} for side in ("before", "after"))
     return ["## 5 · Judged", *deeper(report.blocks(compare(songs, after, before=before, train=list(train)), players=2))]
 
+# %% ../nbs/5_tools/52_demo.ipynb #6a98ee1e
+def train_composer(out: Path, songs: int, steps: int): # musiclab.train.Run
+    "Train a small HID-MuseFormer from nothing on composed ballads, with the ready configuration, made smaller."
+    folder = compose.dataset(out/"midi", songs, seconds=24, format="mid", styles=("piano ballad",))
+    return recipes.train(recipes.load_config("museformer_small", [f"data={folder}", f"output={out/'museformer'}", f"store={out/'features'}", f"max_steps={steps}", "batch_size=2", "max_seq_len=256",
+        "lr=0.01", "precision=fp32", f"validate_every={max(1, steps // 4)}", "save_minutes=null", "infill=0", "device=cpu"]))
+
+def composer_part(out: Path, songs: int, steps: int, bars: int) -> list: # blocks of the report
+    "Train it, and let it write: a new piece with wishes, and how a ballad that it has not seen goes on."
+    start = time.perf_counter()
+    run = train_composer(out, songs, steps)
+    notes = [record["valid"]["parts"]["note"] for record in run.history if "valid" in record]
+    learned = time.perf_counter() - start
+    opening = compose.compose("piano ballad", seed=99, seconds=5).song
+    wishes = {"a new piece": dict(wish=Wish(bars=bars, tempo=84, chords=["A:min", "F:maj", "C:maj", "G:maj"], parts=[0, 0, 48, "drums"])),
+              "a beginning, and how it went on": dict(wish=Wish(bars=len(opening.bars()) + bars, parts=["drums" if part.drums else part.program for part in opening.parts]), start=opening)}
+    curve = [record | {"valid": record["valid"]["loss"]} if "valid" in record else record for record in run.history]
+    blocks = ["## 6 · A composer of your own", f"A small HID-MuseFormer, trained from nothing on {songs} composed ballads as MIDI.", show.losses(curve, "nats per token"),
+              f"> {notes[0]:.1f} → {notes[-1]:.1f} nats per note on ballads that it has not seen, after {run.step} steps in {learned:.0f} s.",
+              "What it writes is on the grid of the tokens and valid by construction, so all of it is music that can be edited; the MIDI files are beside this page. A longer training makes better "
+              "music: musiclab train museformer_small data=my_midi_files"]
+    for name, wish in wishes.items():
+        piece = generate(run.folder, seed=4, temperature=0.9, top_p=0.9, max_length=160 * (wish["wish"].bars + 1), **wish)[0]
+        write_song(piece, out/name.split(",")[0].replace(" ", "-"), {"model": str(run.folder), "seed": 4})
+        blocks += [f"### {name.capitalize()}", show.roll(piece, "as notes"), show.player(render(piece), "as sound")]
+    return blocks
+
 # %% ../nbs/5_tools/52_demo.ipynb #961a739e
 def run(
     out: str | Path = "demo", # folder for everything
@@ -106,7 +135,8 @@ def run(
     trained = train_part(folder, out, steps, prompts)
     blocks += training_blocks(trained, folder, prompts) + listening_blocks(trained, prompts, 4 if quick else 8)
     blocks += judging_blocks(trained, train, held_out, 3 if quick else 6)
-    blocks += ["## 6 · Your turn", "musiclab train musicgen_lora data=my_songs model=facebook/musicgen-small output=my_run",
+    blocks += composer_part(out, *((4, 4, 1) if quick else (24, 60, 8)))
+    blocks += ["## 7 · Your turn", "musiclab train musicgen_lora data=my_songs model=facebook/musicgen-small output=my_run",
                "musiclab generate --model facebook/musicgen-small --adapter my_run --prompt \"your style\" --out mine.wav",
                f"Made by musiclab {__version__} in {time.perf_counter() - start:.0f} s on {platform.machine()}, Python {platform.python_version()}."]
     return show.save(out/"report.html", "musiclab: from songs to a tuned model", blocks)

@@ -34,6 +34,13 @@ class Part:
     volume: int = 100 # the mixer's fader, 0 to 127 (controller 7)
     pan: int = 64 # 0 left, 64 middle, 127 right (controller 10)
 
+    @property
+    def label(self) -> str:
+        "Its name; without one, what it plays."
+        if self.name or self.drums: return self.name or "Drums"
+        from pretty_midi import program_to_instrument_name
+        return program_to_instrument_name(self.program)
+
 # %% ../nbs/0_shared/02_midi.ipynb #64b5d5f1
 def _bends(tempos, ppq):
     "Where the tempo changes: the ticks, the seconds there, and the seconds a tick lasts from there on."

@@ -140,7 +140,7 @@ def pianoroll(
     for i, part in enumerate(parts):
         color = COLORS[i % len(COLORS)]
         _draw_notes(strip if part.drums else roll, part.notes, song.ppq, color, 3 if part.drums else min(6, 160 / (high - low)), part.drums)
-        roll.plot([], [], color=color, linewidth=3, label=(part.name or f"part {i + 1}")[:20]) # for the legend
+        roll.plot([], [], color=color, linewidth=3, label=part.label[:20]) # for the legend
     bars = song.bars()["start"] / song.ppq
     every = -(-len(bars) // 16) # at most 16 numbers
     strip.set(xticks=bars[::every], xticklabels=np.arange(1, len(bars) + 1)[::every], xlabel="bar", xlim=(0, max(song.end / song.ppq, 1)))

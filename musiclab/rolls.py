@@ -18,12 +18,12 @@ def packed(
     "A song as small numbers."
     def when(ticks): return np.rint(1000 * song.seconds_at(np.asarray(ticks))).astype(int)
     parts = []
-    for i, part in enumerate(song.parts):
+    for part in song.parts:
         notes = part.notes[song.seconds_at(part.notes["start"]) < seconds]
         if not len(notes): continue
         starts = when(notes["start"])
         rows = np.stack([np.diff(starts, prepend=0), when(notes["start"] + notes["duration"]) - starts, notes["pitch"], notes["velocity"]], 1)
-        parts.append({"name": part.name or f"part {i + 1}", "program": part.program, "drums": part.drums, "level": round((part.volume / 100) ** 2, 3),
+        parts.append({"name": part.label, "program": part.program, "drums": part.drums, "level": round((part.volume / 100) ** 2, 3),
                       "pan": round(part.pan / 64 - 1, 2), "notes": rows.ravel().tolist()})
     return {"parts": parts, "bars": when(song.bars()["start"]).tolist(), "marks": [[int(when(tick)), name] for tick, name in song.markers],
             "words": [[int(when(tick)), line] for tick, line in song.lyrics]}

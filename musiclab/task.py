@@ -92,6 +92,9 @@ class Task(Protocol):
     def weights(self, tracks, prepared) -> Any:
         "How often each track appears per epoch, on average: its column `weight`, else 1; an array [tracks]."
         return np.array([track.extra.get("weight", 1.0) for track in tracks])
+    def tell(self, batch: Batch) -> tuple[list[str], list]:
+        "For debug: what a batch holds, in lines, and its examples as `Audio` or `Song` where they can be had."
+        return [f"{name}: {tuple(value.shape)} {value.dtype}" for name, value in batch.data.items() if hasattr(value, "shape")], []
     def formats(self) -> Mapping[str, Any]:
         "How other tools name and lay out these weights (musiclab.adapters.Format)."
         return {}

@@ -78,15 +78,16 @@ def chord_tokens(
 class Wish:
     "What a piece shall be like. None: as the model likes."
     bars: int | None = None # how many, those of the prompt included
-    parts: Sequence[int | str] | None = None # programs that may play, and "drums"
+    parts: Sequence[int | str] | None = None # programs that may play, and "drums"; a program named twice may have two players
     meter: tuple[int, int] | None = None # of a piece from nothing: (3, 4)
     tempo: int | None = None # the same: quarters per minute, 16 to 271
     chords: Sequence[str] | None = None # one per bar, again from the beginning when they are over: "C:maj", "A:min7", "NC"
 
     def grammar(self, device) -> Grammar:
         "The rules."
-        players = None if self.parts is None else [part_number(who, voice) for who in self.parts for voice in range(1 if who == "drums" else 4)]
-        return Grammar(parts=players, device=device)
+        named = list(self.parts or ())
+        players = [part_number(who, min(named[:i].count(who), 3)) for i, who in enumerate(named)]
+        return Grammar(parts=None if self.parts is None else players, device=device)
 
     def begin(self) -> list[int]:
         "The first tokens of a piece from nothing."

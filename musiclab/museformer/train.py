@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from ..config import PathText, TrainConfig
 from ..core import MusiclabError, atomic_folder, atomic_write, pick_device, seed_from
 from .attention import PRESETS
-from .data import ASPECT_OF, ASPECTS, Tokens, collate, example
+from .data import ASPECT_OF, ASPECTS, census, collate, example
 from .model import SIZES, HIDMuseFormer, create_model
+from .preprocess import Tokens
 from .tokenizer import HIDTokenizerV2
+from .vocabulary import SEP
 from ..task import Batch, Group, Task
 
 # %% ../../nbs/4_museformer/46a_train.ipynb #528a9584
@@ -133,14 +135,14 @@ class MuseFormerTask(Task):
     def blocks(self, model): return model.blocks
     def whole(self, tracks, prepared) -> np.ndarray:
         "The tokens of each song."
-        return np.array([len(prepared.rows(track)["museformer"][0]["ids"]) for track in tracks])
+        return np.array([len(prepared.rows(track)["tokens"][0]["ids"]) for track in tracks])
     def lengths(self, tracks, prepared) -> np.ndarray: return np.minimum(self.whole(tracks, prepared), self.config.max_seq_len)
     def weights(self, tracks, prepared) -> np.ndarray: # a song of three stretches comes three times
         return super().weights(tracks, prepared) * np.maximum(1, self.whole(tracks, prepared) / self.config.max_seq_len)
 
     def example(self, track, rows, draw) -> dict:
         learning, config = draw.epoch >= 0, self.config # validation is on songs as they are
-        return example(rows["museformer"][0]["ids"], config.max_seq_len, draw, config.transpose * learning, config.infill * learning)
+        return example(rows["tokens"][0]["ids"], config.max_seq_len, draw, config.transpose * learning, config.infill * learning)
 
     def collate(self, examples) -> Batch: return collate(examples, self.fine, self.device, self.config.attention)
     def loss(self, model, batch, at) -> dict[str, Tensor]: return aspects(model(batch["ids"], batch["at"], batch["attend"]), batch["targets"])
@@ -151,6 +153,11 @@ class MuseFormerTask(Task):
                               temperature=self.config.temperature, top_p=self.config.top_p, stop=at.stop)
 
     def decode(self, raw) -> list: return [HIDTokenizerV2().song(ids) for ids in raw.tolist()]
+
+    def tell(self, batch) -> tuple[list[str], list]: # what is to be filled in is not played
+        ids, doc = batch["ids"].numpy(), batch["at"].doc.numpy()
+        pieces = [ids[doc == number] for number in np.unique(doc)]
+        return census(ids), [HIDTokenizerV2().song(piece[:np.argmax(piece == SEP)] if SEP in piece else piece) for piece in pieces]
 
 # %% ../../nbs/4_museformer/46a_train.ipynb #adaa0998
 def merge(

@@ -143,4 +143,4 @@ def test_a_killed_run_goes_on(songs, reference, tmp_path):
 
 
 def test_tokens_say_all_that_their_numbers_depend_on():
-    assert Tokens().settings == {"tokenizer": "HIDTokenizerV2", "grid": 12, "longest": 24576, "chords": True, "version": 1}
+    assert Tokens(24576).settings == {"tokenizer": "HIDTokenizerV2", "grid": 12, "longest": 24576, "chords": True, "version": 1}

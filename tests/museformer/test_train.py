@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from musiclab import compose, recipes
 from musiclab.cli import main
 from musiclab.core import MusiclabError
+from musiclab.midi import read
 from musiclab.museformer.model import SIZES, create_model
 from musiclab.museformer.preprocess import preprocess
 from musiclab.museformer.tokenizer import midi_to_txt
@@ -131,3 +132,26 @@ def test_the_snippet_of_the_plan_loads_the_best_model(tmp_path, songs):
     train(settings(songs, tmp_path / "checkpoints", model="small", pos=None, max_steps=1, max_seq_len=64, batch_size=1, validate_every=1))
     model = create_model(vocab_size=415, model_size='small')
     model.load_state_dict(torch.load(tmp_path / 'checkpoints/best_model.pt', weights_only=True))
+
+
+def test_debug_shows_what_is_learned_from(tmp_path, songs, capsys):
+    "The plan's first aid: a census of tokens, gradients block by block, the first batch as music; beside what was trained before, which stays."
+    output = tmp_path / "output"
+    command = ["museformer", "train", "--data-path", str(songs), "--data-mode", "midi", "--model-size", "mini", "--batch-size", "2", "--max-seq-len", "128",
+               "--output-dir", str(output), "--set", "device=cpu", "--set", "pos=none", "--set", "workers=0", "--set", "cache=false", "--limit-batches", "3"]
+    run([*command, "--epochs", "1"])
+    before = sorted(output.rglob("*"))
+    for _ in range(2): run([*command, "--debug"]) # the second look does not go on from the first
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ("PITCH", "VEL", "most often", "block 1", "others", "done: 3 steps"))
+    assert shown.count("block 0") == 6 and set(before) <= set(output.rglob("*"))
+    written = list((output / "debug/first_batch").glob("*.mid"))
+    assert written and any(read(path).end for path in written) and "canvas" in (output / "debug/first_batch.html").read_text()
+    assert open_model(output).fine
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+def test_debug_stops_at_the_first_number_that_is_none(tmp_path, songs, monkeypatch):
+    loss = MuseFormerTask.loss
+    monkeypatch.setattr(MuseFormerTask, "loss", lambda self, model, batch, at: {part: value * float("nan") for part, value in loss(self, model, batch, at).items()})
+    with pytest.raises((MusiclabError, RuntimeError), match="not finite|nan"): train(settings(songs, tmp_path / "nan", debug=True))
