@@ -97,7 +97,7 @@ def train_composer(out: Path, songs: int, steps: int): # musiclab.train.Run
     "Train a small HID-MuseFormer from nothing on composed ballads, with the ready configuration, made smaller."
     folder = compose.dataset(out/"midi", songs, seconds=24, format="mid", styles=("piano ballad",))
     return recipes.train(recipes.load_config("museformer_small", [f"data={folder}", f"output={out/'museformer'}", f"store={out/'features'}", f"max_steps={steps}", "batch_size=2", "max_seq_len=256",
-        "lr=0.01", "precision=fp32", f"validate_every={max(1, steps // 4)}", "save_minutes=null", "infill=0", "device=cpu"]))
+        "lr=0.01", "pos=rope", "precision=fp32", f"validate_every={-(-steps // 4)}", "save_minutes=null", "infill=0", "device=cpu"]))
 
 def composer_part(out: Path, songs: int, steps: int, bars: int) -> list: # blocks of the report
     "Train it, and let it write: a new piece with wishes, and how a ballad that it has not seen goes on."
@@ -135,7 +135,7 @@ def run(
     trained = train_part(folder, out, steps, prompts)
     blocks += training_blocks(trained, folder, prompts) + listening_blocks(trained, prompts, 4 if quick else 8)
     blocks += judging_blocks(trained, train, held_out, 3 if quick else 6)
-    blocks += composer_part(out, *((4, 4, 1) if quick else (24, 60, 8)))
+    blocks += composer_part(out, *((4, 2, 1) if quick else (24, 60, 8)))
     blocks += ["## 7 · Your turn", "musiclab train musicgen_lora data=my_songs model=facebook/musicgen-small output=my_run",
                "musiclab generate --model facebook/musicgen-small --adapter my_run --prompt \"your style\" --out mine.wav",
                f"Made by musiclab {__version__} in {time.perf_counter() - start:.0f} s on {platform.machine()}, Python {platform.python_version()}."]

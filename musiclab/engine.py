@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'recompute', 'seeded', 'processes', 'wrap', 'put_weights', 'begin_with', 'build', 'Engine', 'total',
-           'agreed', 'autocast', 'hold_gradients', 'update', 'means', 'apply_gradients', 'evaluate', 'sample',
-           'engine_state', 'load_engine_state']
+           'agreed', 'autocast', 'hold_gradients', 'update', 'means', 'block_norms', 'tell', 'apply_gradients',
+           'evaluate', 'sample', 'engine_state', 'load_engine_state']
 
 # %% ../nbs/0_shared/10c_engine.ipynb #e0793e25
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -201,9 +202,34 @@ def means(sums: dict, counts: dict, weights: dict) -> dict: # loss, and each par
     return {"loss": sum(weights[part] * value for part, value in parts.items())} | ({"parts": parts} if len(weights) > 1 else {})
 
 # %% ../nbs/0_shared/10c_engine.ipynb #4b2edc84
+def block_norms(
+    engine: Engine, # between a backward pass and its update
+) -> dict[str, float]:
+    "The norm of the gradients of each block, and of all that is in none."
+    owner = {p: f"block {number}" for number, block in enumerate(engine.task.blocks(engine.model)) for p in block.parameters()}
+    squares: dict[str, float] = {}
+    for p in engine.params.values():
+        if p.grad is None: continue
+        name = owner.get(p, "others")
+        squares[name] = squares.get(name, 0.0) + float(whole(p.grad.float().square().sum()))
+    return {name: square ** 0.5 for name, square in squares.items()}
+
+def tell(
+    engine: Engine,
+    batch: Batch | None, # the first one; None later on
+    result: dict, # of `update`
+) -> None:
+    "Print what `debug` shows, and write the examples of the first batch to `OUTPUT/first_batch`."
+    lines, pieces = engine.task.tell(batch) if batch else ([], [])
+    for number, piece in enumerate(pieces):
+        piece.save(Path(engine.config.output)/"first_batch"/f"{number:02d}{'.wav' if hasattr(piece, 'samples') else '.mid'}")
+    if pieces: lines.append(f"The examples of this batch are in {Path(engine.config.output)/'first_batch'}")
+    print(*lines, f"loss {result['loss']:.4f}; gradients " + ", ".join(f"{name} {norm:.3g}" for name, norm in result["blocks"].items()), sep="\n")
+
+# %% ../nbs/0_shared/10c_engine.ipynb #6b706a84
 PATIENCE = {torch.float16: 25, torch.float32: 5, torch.bfloat16: 5} # fp16's first factors are too large by design
 
-def apply_gradients(engine: Engine, step: int, rows: list[str]) -> dict: # grad_norm, lr, skipped
+def apply_gradients(engine: Engine, step: int, rows: list[str]) -> dict: # grad_norm, lr, skipped; with debug blocks
     "Clip the gradients and move the weights; skip the step when a gradient is not finite."
     config, params = engine.config, list(engine.params.values())
     for name, optimizer in engine.optimizers.items():
@@ -211,6 +237,7 @@ def apply_gradients(engine: Engine, step: int, rows: list[str]) -> dict: # grad_
         lr = lr_at(step, engine.total, group.lr or config.lr, group.schedule or config.schedule, config.warmup, config.restarts)
         for entry in optimizer.param_groups: entry["lr"] = lr
         engine.scaler.unscale_(optimizer)
+    blocks = {"blocks": block_norms(engine)} if config.debug else {}
     norm = float(whole(nn.utils.clip_grad_norm_(params, config.clip or float("inf"))))
     finite = norm == norm and norm != float("inf")
     if finite:
@@ -221,10 +248,10 @@ def apply_gradients(engine: Engine, step: int, rows: list[str]) -> dict: # grad_
     bad = None if finite else next(broken, "?")
     for p in params: p.grad = None
     engine.scaler.update()
-    if engine.bad_steps >= PATIENCE[engine.dtype]:
-        raise MusiclabError(f"{engine.bad_steps} steps in a row had gradients that are not finite (first in {bad}; rows {', '.join(rows[:4])})",
+    if engine.bad_steps >= (1 if config.debug else PATIENCE[engine.dtype]):
+        raise MusiclabError(f"{engine.bad_steps} step{'s in a row' * (engine.bad_steps > 1)} had gradients that are not finite (first in {bad}; rows {', '.join(rows[:4])})",
             f"step {step}", "Nothing was learned from them. Lower lr, or choose precision=bf16 or fp32")
-    return {"grad_norm": norm, "lr": lr} | ({} if finite else {"skipped": bad})
+    return {"grad_norm": norm, "lr": lr} | blocks | ({} if finite else {"skipped": bad})
 
 # %% ../nbs/0_shared/10c_engine.ipynb #9cc5aa93
 @torch.no_grad()

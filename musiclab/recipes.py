@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'look_up', 'Family', 'family', 'family_of', 'ready_configs', 'find_config', 'load_config', 'read_tracks',
-           'read_data', 'train', 'listener', 'result_in', 'export', 'play']
+           'read_data', 'train', 'batch_page', 'listener', 'result_in', 'export', 'play']
 
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
-import difflib, importlib, json, sys
+import difflib, importlib, json, os, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
 from .core import MusiclabError, fetch, ready_files
@@ -114,10 +114,25 @@ def read_data(
 def train(
     config, # a family's TrainConfig
 ): # musiclab.train.Run
-    "Train as a configuration says."
+    "Train as a configuration says. With debug in `OUTPUT/debug`, beside whatever was trained there, and with a page about the first batch."
     from musiclab.train import fit
     train, valid = read_data(config) # first: a mistyped folder should not cost the download of a model
-    return fit(look_up(family(config.task).task)(config), train, valid, config)
+    if config.debug:
+        config = config.model_copy(update={"output": str(Path(config.output)/"debug"), "resume": "latest"})
+        if os.environ.get("RANK", "0") == "0": shutil.rmtree(config.output, ignore_errors=True) # of an earlier look
+    run = fit(look_up(family(config.task).task)(config), train, valid, config)
+    if config.debug and run.log: print(f"The first batch: {batch_page(run.folder)}")
+    return run
+
+def batch_page(
+    folder: Path, # of a run with debug
+) -> Path: # the HTML file
+    "A page with the examples of the first batch."
+    from musiclab import audio, midi, show
+    pieces = sorted((folder/"first_batch").iterdir()) if (folder/"first_batch").is_dir() else []
+    songs = {path.stem: midi.read(path) for path in pieces if path.suffix == ".mid"}
+    shown = [show.roll(song, name) for name, song in songs.items() if song.end]
+    return show.save(folder/"first_batch.html", "The first batch", [*shown, *(show.player(audio.load(path), path.stem) for path in pieces if path.suffix == ".wav")])
 
 # %% ../nbs/5_tools/50_recipes.ipynb #68920601
 def listener(

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoints, Stop, load_state, save_state, verify
 from .config import TrainConfig
 from .core import Draw, MusiclabError, Problem, Stopped, atomic_file, atomic_folder, atomic_write, home, pick_device, progress
 from .tracks import Track, Tracks
-from .engine import Engine, agreed, engine_state, evaluate, load_engine_state, processes, sample, update
+from .engine import Engine, agreed, engine_state, evaluate, load_engine_state, processes, sample, tell, update
 from .features import Prepared, prepare
 from .log import Log
 from .optim import whole
@@ -262,8 +262,7 @@ def gather(task: Task, train: Tracks, valid: Tracks, config: TrainConfig, device
     if rank == 0:
         for problem in prepared.problems: print(f"left out {problem}")
     if not len(train): raise MusiclabError("no track is left to train on", config.data, "See the reasons above, or run: musiclab data check")
-    limit = 1 if config.debug else config.limit_batches
-    if limit: train, valid = train[:limit * config.batch_size * config.accumulate * world], valid[:limit * config.batch_size * world]
+    if limit := config.limit_batches or int(config.debug): train, valid = train[:limit * config.batch_size * config.accumulate * world], valid[:limit * config.batch_size * world]
     return train, valid, prepared
 
 # %% ../nbs/0_shared/11_train.ipynb #237b14b2
@@ -300,6 +299,7 @@ def loop(run: Run, batches: MicroBatches, plan: Plan, valid: MicroBatches, round
                 keys += names
             if (result := update(engine, run.step, window, keys, stop)) is None: break
             run.step += 1
+            if config.debug and engine.rank == 0: tell(engine, window[0][0] if run.step == 1 else None, result)
             result["rows_per_second"] = len(keys) * engine.world / (time.monotonic() - began)
             if engine.rank == 0 and ends(config.log_every): run.log.write(run.step, **result)
             bar.update(); bar.set_postfix(loss=f"{result['loss']:.3f}", refresh=False)
@@ -330,7 +330,7 @@ def fit(
             raise
         plan = Plan(task.weights(train, prepared), config.batch_size, config.accumulate, world, config.seed, max_tokens=task.max_tokens,
                     lengths=task.lengths(train, prepared) if config.bucket or task.max_tokens else None, bucket=16 if config.bucket else 0)
-        run = begin(task, config, device, rank, world, 2 if config.debug else config.max_steps or plan.steps(config.epochs))
+        run = begin(task, config, device, rank, world, (config.limit_batches or 2) if config.debug else config.max_steps or plan.steps(config.epochs))
         run.problems = prepared.problems
         rounds = in_order(len(valid), config.batch_size, world)
         asked = lambda: bool(stop)
