@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'ASPECT_OF', 'MODES', 'cut_out', 'transpose', 'hide', 'hide_player', 'example', 'collate', 'census',
-           'read_songs', 'read_for']
+           'stretches', 'read_songs', 'read_for']
 
 # %% ../../nbs/4_museformer/46_data.ipynb #35f003c7
 from pathlib import Path
@@ -122,6 +122,14 @@ def census(
         most = f"{(mine > 0).sum():3} of {len(mine):3}, most often {VOCABULARY[FIRST[kind] + mine.argmax()]}: {mine.max()}" if len(mine) > 1 and mine.any() else ""
         lines.append(f"{kind:9} {mine.sum():7} {share:6.1%}  {bar:16} {most}".rstrip())
     return lines
+
+def stretches(
+    batch: Batch, # from `collate`
+) -> list[np.ndarray]: # tokens of each
+    "What a batch is made of, without what is to be filled in."
+    ids, doc = batch["ids"].numpy(), batch["at"].doc.numpy()
+    pieces = [ids[doc == number] for number in np.unique(doc)]
+    return [piece[:np.argmax(piece == SEP)] if SEP in piece else piece for piece in pieces]
 
 # %% ../../nbs/4_museformer/46_data.ipynb #98751ca5
 def read_songs(

@@ -61,7 +61,8 @@ def within(
         signal.signal(signal.SIGALRM, before)
 
 # %% ../../nbs/4_museformer/43_preprocess.ipynb #8e5d51fc
-def encode_file(tokenizer: HIDTokenizerV2,
+def encode_file(
+    tokenizer: HIDTokenizerV2,
     name: str, # for errors
     data: bytes, # the content of a MIDI file
 ) -> np.ndarray: # int16, from BOS to EOS

@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from ..config import PathText, TrainConfig
 from ..core import MusiclabError, atomic_folder, atomic_write, pick_device, seed_from
 from .attention import PRESETS
-from .data import ASPECT_OF, ASPECTS, census, collate, example
+from .data import ASPECT_OF, ASPECTS, census, collate, example, stretches
 from .model import SIZES, HIDMuseFormer, create_model
 from .preprocess import Tokens
 from .tokenizer import HIDTokenizerV2
-from .vocabulary import SEP
 from ..task import Batch, Group, Task
 
 # %% ../../nbs/4_museformer/46a_train.ipynb #528a9584
@@ -154,10 +153,7 @@ class MuseFormerTask(Task):
 
     def decode(self, raw) -> list: return [HIDTokenizerV2().song(ids) for ids in raw.tolist()]
 
-    def tell(self, batch) -> tuple[list[str], list]: # what is to be filled in is not played
-        ids, doc = batch["ids"].numpy(), batch["at"].doc.numpy()
-        pieces = [ids[doc == number] for number in np.unique(doc)]
-        return census(ids), [HIDTokenizerV2().song(piece[:np.argmax(piece == SEP)] if SEP in piece else piece) for piece in pieces]
+    def tell(self, batch) -> tuple[list[str], list]: return census(batch["ids"].numpy()), [HIDTokenizerV2().song(ids) for ids in stretches(batch)]
 
 # %% ../../nbs/4_museformer/46a_train.ipynb #adaa0998
 def merge(
