@@ -163,22 +163,24 @@ def log_mel(
 def cuts(
     frames: int, # length of the whole
     piece: int, # frames at once
-    context: int, # frames added on both sides of a piece
+    context: int, # frames added before a piece, and after it
+    ahead: int | None = None, # frames added after it, where they differ
 ): # of each piece: where its context begins, where it begins itself, where it ends, where its context ends
     "How a long signal is cut into pieces."
     for start in range(0, frames, piece):
         end = min(start + piece, frames)
-        yield max(0, start - context), start, end, min(end + context, frames)
+        yield max(0, start - context), start, end, min(end + (context if ahead is None else ahead), frames)
 
 def in_pieces(
-    function, # tensor [..., frames · hop_in] -> tensor [..., frames · hop_out]; looks at most `context` frames to either side
+    function, # tensor [..., frames · hop_in] -> tensor [..., frames · hop_out]; looks at most `context` frames back and, unless `ahead` says less, ahead
     x, # tensor [..., frames · hop_in]; the last frame may be shorter
     piece: int, # frames at once: memory grows with it, the result does not depend on it
     context: int, # frames added on both sides of a piece, and cut off afterwards
     hop_in: int = 1, # steps of the input per frame
     hop_out: int = 1, # steps of the output per frame
+    ahead: int | None = None, # frames that it looks ahead, where they differ from those that it looks back
 ): # [..., frames · hop_out]
     "What a function makes of a long signal in one go, computed piece by piece."
     import torch
     return torch.cat([function(x[..., first * hop_in:last * hop_in])[..., (start - first) * hop_out:(end - first) * hop_out]
-                      for first, start, end, last in cuts(ceil(x.shape[-1] / hop_in), piece, context)], -1)
+                      for first, start, end, last in cuts(ceil(x.shape[-1] / hop_in), piece, context, ahead)], -1)

@@ -82,15 +82,16 @@ SPELLINGS = ("parametrizations.weight.original0", "parametrizations.weight.origi
 
 def folded(
     weights: Mapping[str, Tensor], # as in the file
+    wanted: Callable[[str], bool] = lambda name: True, # the directions of which pairs; the others stay pairs
 ) -> dict[str, Tensor]: # without pairs
     "Compute the weights that direction and length stand for. Source: Salimans and Kingma 2016, arXiv 1602.07868."
     plain = dict(weights)
     for length, direction in SPELLINGS:
-        for name in [name for name in weights if name.endswith("." + direction)]:
+        for name in [name for name in weights if name.endswith("." + direction) and wanted(name)]:
             stem = name.removesuffix(direction)
             g, v = plain.pop(stem + length), plain.pop(name)
             axes = [axis for axis in range(v.dim()) if g.shape[axis] == 1]
-            plain[stem + "weight"] = (g.float() * v.float() / v.float().norm(dim=axes, keepdim=True)).to(v.dtype)
+            plain[stem + "weight"] = (g.float() * v.float() / torch.linalg.vector_norm(v.float(), dim=axes, keepdim=True)).to(v.dtype)
     return plain
 
 def unfolded(
@@ -103,5 +104,5 @@ def unfolded(
     for name, weight in weights.items():
         if not paired(name): file[name] = weight; continue
         stem, others = name.removesuffix("weight"), [a for a in range(weight.dim()) if a != axis]
-        file |= {stem + SPELLINGS[0][0]: weight.norm(dim=others, keepdim=True), stem + SPELLINGS[0][1]: weight}
+        file |= {stem + SPELLINGS[0][0]: torch.linalg.vector_norm(weight, dim=others, keepdim=True), stem + SPELLINGS[0][1]: weight}
     return file
