@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['UNIT', 'STEP', 'WINDOW', 'windows', 'check_codes', 'oriented', 'seeded', 'Stream', 'Codec']
 
-# %% ../../nbs/3_heartmula/32a_codec.ipynb #c6704525
+# %% ../../nbs/3_heartmula/32a_codec.ipynb #08f7ee21
 from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
@@ -15,7 +15,7 @@ from .flow import Flow
 from .quantizer import CodecConfig
 from .scalar_codec import ScalarCodec
 
-# %% ../../nbs/3_heartmula/32a_codec.ipynb #6fe7ec32
+# %% ../../nbs/3_heartmula/32a_codec.ipynb #eff9e438
 UNIT, STEP = 93, 80 # token frames of the shortest window, and from one such window to the next
 WINDOW = 4 * UNIT # of the original
 
@@ -27,7 +27,7 @@ def windows(
     step = window // UNIT * STEP
     return max(1, -(-(frames - (window - step)) // step))
 
-# %% ../../nbs/3_heartmula/32a_codec.ipynb #3c26633c
+# %% ../../nbs/3_heartmula/32a_codec.ipynb #8a1c2da7
 def check_codes(
     codes, # array or tensor of whole numbers [codebooks, frames]
     c: CodecConfig,
@@ -55,7 +55,7 @@ def oriented(
     if sides.count(codebooks) == 2: raise MusiclabError(f"{codebooks} frames of {codebooks} codebooks look the same both ways round", where, "Leave this clip out, or cut it to another length")
     return codes.T if sides[1:] == (codebooks,) else codes
 
-# %% ../../nbs/3_heartmula/32a_codec.ipynb #38005810
+# %% ../../nbs/3_heartmula/32a_codec.ipynb #be2277b1
 def seeded(
     seed: int = 0,
 ) -> Callable[[int, tuple[int, ...]], Tensor]: # number of a window, shape -> noise
@@ -110,7 +110,7 @@ class Stream:
         self.given += sound.shape[1]
         return Audio(sound.numpy(), self.codec.config.sample_rate)
 
-# %% ../../nbs/3_heartmula/32a_codec.ipynb #c0513519
+# %% ../../nbs/3_heartmula/32a_codec.ipynb #048f189d
 @dataclass(frozen=True)
 class Codec:
     "Codes to sound, of any length."

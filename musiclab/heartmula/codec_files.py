@@ -5,7 +5,7 @@ __all__ = ['RELEASE', 'FOLDERS', 'CONFIGS', 'MU', 'RENAMED', 'TINY', 'part_folde
            'quantizer_weights', 'frozen', 'open_codec', 'open_quantizer', 'partner', 'open_tokenizer', 'identity',
            'chords', 'fit_quantizer', 'set_loudness', 'tiny_codec']
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #933f8203
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #47888873
 import json, re
 from pathlib import Path
 import torch
@@ -21,7 +21,7 @@ from .quantizer import CodecConfig, Quantizer, residual_tables, stacked, unstack
 from .scalar_codec import ScalarCodec
 from ..weights import fill, folded, read_json, read_tensors, unfolded, weight_files
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #7989a787
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #248dc864
 RELEASE = {"codec": "HeartMuLa/HeartCodec-oss-20260123", "encoder": "HeartMuLa/HeartCodec-oss-encoder"}
 FOLDERS = {"codec": "HeartCodec-oss", "encoder": "HeartCodec-oss-encoder"} # in a folder with all parts; a date may follow
 CONFIGS = {"codec": "config.json", "encoder": "encoder_config.json"}
@@ -40,7 +40,7 @@ def part_folder(
         raise MusiclabError(f"there is no {FOLDERS[part]} in it ({CONFIGS[part]} is missing)", folder, f"Give the folder of {RELEASE[part]}")
     return place
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #72979f27
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #d2cc9066
 def codec_names(
     flow: Flow,
     scalar: ScalarCodec,
@@ -69,7 +69,7 @@ def quantizer_weights(
     prefix = "flow_matching.vq_embed."
     return stacked({name.removeprefix(prefix): weight for name, weight in read_tensors(files, lambda name: name.startswith(prefix), torch.float32).items()})
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #5a935efb
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #6dbf2257
 def frozen(module: nn.Module) -> nn.Module:
     "For listening, not for training."
     return module.eval().requires_grad_(False)
@@ -103,7 +103,7 @@ def open_quantizer(
     fill(quantizer, {name: weight.to(device) for name, weight in quantizer_weights(weight_files(place)).items()}, place)
     return frozen(quantizer)
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #3cbd506d
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #2923a9c6
 def partner(
     folder: str | Path, # of the encoder, or one in which it lies, or its name on the hub
     codec: str | Path | None, # where its codec is, if that is told
@@ -140,7 +140,7 @@ def identity(
     heard = [sha256(file) for file in weight_files(place)]
     return fingerprint([read_json(place/"encoder_config.json"), heard, *(sha256(table.numpy().tobytes()) for _, table in sorted(tables.items()))])
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #0397246f
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #69f98ccc
 TINY = {
     "codec": dict(model_type="heartcodec", dim=32, codebook_size=64, codebook_dim=8, num_quantizers=8, decay=0.9, commitment_weight=1.0, threshold_ema_dead_code=2,
                   use_cosine_sim=False, attention_head_dim=16, num_attention_heads=2, num_layers=2, num_layers_2=1, in_channels=96, out_channels=32,
@@ -157,7 +157,7 @@ TINY = {
         whisper_config=dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, num_mel_bins=80, max_source_positions=1500))),
 }
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #ad185dcf
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #efb57ce8
 def chords(
     count: int, # how many, four in a second
     rate: int, # samples per second
@@ -192,7 +192,7 @@ def set_loudness(
     sound, _ = codec.decode_window(torch.randint(c.codebook_size, (c.num_quantizers, 20)), torch.randn(1, 40, c.out_channels), steps=2)
     scalar.decoder[-1].weight /= 2 * sound.abs().max()
 
-# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #1b84e333
+# %% ../../nbs/3_heartmula/33b_codec_files.ipynb #cd7b205b
 def tiny_codec(
     folder: str | Path, # where to put it; what else lies there stays
     seed: int = 0, # of the random weights

@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['Flow']
 
-# %% ../../nbs/3_heartmula/31b_flow.ipynb #cbee4fb5
+# %% ../../nbs/3_heartmula/31b_flow.ipynb #7e23e509
 import torch
 from torch import Tensor, nn
 from .estimator import Estimator
 from .quantizer import CodecConfig, Quantizer
 
-# %% ../../nbs/3_heartmula/31b_flow.ipynb #065db27c
+# %% ../../nbs/3_heartmula/31b_flow.ipynb #174a42fc
 class Flow(nn.Module):
     "Codes to latents. The names of its parts are those of the release. Source: Lipman et al. 2022, arXiv 2210.02747."
     def __init__(self,

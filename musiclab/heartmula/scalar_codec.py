@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['HOLES', 'rounded', 'Causal', 'CausalUp', 'Unit', 'Down', 'Up', 'Pair', 'ScalarCodec']
 
-# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #5b6ebfe6
+# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #9cb4057a
 from math import ceil
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from ..dsp import in_pieces
 from .quantizer import CodecConfig
 
-# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #c4d69522
+# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #62c435d5
 def rounded(
     x: Tensor, # about -1..1
 ) -> Tensor: # the same shape, multiples of 1/9
     "The nearest step of the ruler. Source: Mentzer et al. 2023, arXiv 2309.15505."
     return (9 * x).round() / 9
 
-# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #e0fe9ee3
+# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #450f1ddb
 class Causal(nn.Conv1d):
     "A convolution that looks only back: zeros stand before the beginning."
     def forward(self, x: Tensor) -> Tensor: # [batch, channels, steps] -> [batch, channels, steps / stride]
@@ -31,7 +31,7 @@ class CausalUp(nn.ConvTranspose1d):
         "Spread."
         return super().forward(x)[..., :-self.stride[0]]
 
-# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #fdb712cc
+# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #01d5ae49
 HOLES = (1, 3, 5, 7, 9)
 
 class Unit(nn.Module):
@@ -65,7 +65,7 @@ class Down(nn.Module):
         "One resolution down."
         return self.down_conv["activation"](self.down_conv["layer"](self.convs(x)))
 
-# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #f50e3159
+# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #161fde7c
 class Up(nn.Module):
     "More steps of half the width, then five units."
     def __init__(self,
@@ -98,7 +98,7 @@ class Pair(nn.Module):
         if self.up: return self.activation(self.conv(x.repeat_interleave(self.samples, -1)))
         return F.avg_pool1d(self.activation(self.conv(x)), self.samples)
 
-# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #474152e1
+# %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #38680725
 class ScalarCodec(nn.Module):
     "Sound to latents and back, one channel at a time. The names of its parts are those of the release."
     def __init__(self,

@@ -194,3 +194,8 @@ CHECKS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "codec_detokenize": codec_detokenize, "codec_encode": codec_encode, "codec_estimator": codec_estimator, "codec_features": codec_features,
     "codec_flow": codec_flow, "codec_query_encoder": codec_query_encoder, "codec_resample": codec_resample, "codec_rvq": codec_rvq, "codec_sq": codec_sq,
 }
+
+
+def check(case: Case) -> Iterator[Row]:
+    if case.folder.name not in CHECKS: yield Row(case.folder.name, "unknown case", float("nan"), "", False)
+    else: yield from CHECKS[case.folder.name](case)
