@@ -129,6 +129,7 @@ class Encoder(nn.Module):
         "Listen and read."
         return self.query(self.feature_extractors(F.pad(clips, (0, TAIL))))
 
+# %% ../../nbs/3_heartmula/33a_encoder.ipynb #f5137a39
 def token_frames(
     samples: int, # at 24,000 Hz
 ) -> int:

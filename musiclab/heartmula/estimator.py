@@ -133,7 +133,7 @@ def part(
 class Estimator(nn.Module):
     "In which direction the music lies. The names of its parts are those of the release."
     def __init__(self,
-        c: CodecConfig = CodecConfig(),
+        c: CodecConfig,
     ):
         super().__init__()
         heads, size, wide_in = c.num_attention_heads, c.attention_head_dim, 2 * c.out_channels + c.dim

@@ -108,7 +108,7 @@ def residual_tables(
 class Quantizer(nn.Module):
     "Residual vector quantisation between two projections. Source: Zeghidour et al. 2021, arXiv 2107.03312."
     def __init__(self,
-        c: CodecConfig = CodecConfig(),
+        c: CodecConfig,
     ):
         super().__init__()
         self.project_in, self.project_out = nn.Linear(c.dim, c.codebook_dim), nn.Linear(c.codebook_dim, c.dim)

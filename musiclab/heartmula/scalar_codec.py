@@ -5,7 +5,6 @@ __all__ = ['HOLES', 'rounded', 'Causal', 'CausalUp', 'Unit', 'Down', 'Up', 'Pair
 
 # %% ../../nbs/3_heartmula/32_scalar_codec.ipynb #9cb4057a
 from math import ceil
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..dsp import in_pieces
@@ -102,7 +101,7 @@ class Pair(nn.Module):
 class ScalarCodec(nn.Module):
     "Sound to latents and back, one channel at a time. The names of its parts are those of the release."
     def __init__(self,
-        c: CodecConfig = CodecConfig(),
+        c: CodecConfig,
     ):
         super().__init__()
         width, kernel, inner, self.config = c.init_channel, c.default_kernel_size, c.res_kernel_size, c

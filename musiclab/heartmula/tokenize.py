@@ -6,9 +6,9 @@ __all__ = ['ENDING', 'write_tokens', 'read_tokens', 'up_to_date', 'Tokenized', '
 
 # %% ../../nbs/3_heartmula/33c_tokenize.ipynb #74704b4d
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from .. import data
@@ -21,7 +21,7 @@ from .codec import Codec, check_codes, oriented
 from .codec_files import RELEASE, identity, open_tokenizer
 from .encoder import AudioTokenizer
 from .quantizer import CodecConfig
-from ..tracks import Source, to_array
+from ..tracks import Source
 
 # %% ../../nbs/3_heartmula/33c_tokenize.ipynb #5c3ed07f
 ENDING = ".tokens.npy"
@@ -79,6 +79,7 @@ def songs_in(
             else: yield sound, tokens
             seen.add(tokens)
 
+# %% ../../nbs/3_heartmula/33c_tokenize.ipynb #0a7ebe90
 def tokenize_folder(
     folder: str | Path, # sound files, in folders or not
     tokenizer: AudioTokenizer,

@@ -1,5 +1,6 @@
 "HeartCodec: codes to sound (quantiser, estimator, flow, scalar codec, windows), and sound to codes (resampling, four listeners, reader)."
 from collections.abc import Callable, Iterator, Mapping
+from math import gcd
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ def left_over(case: Case, wanted: dict) -> Iterator[Row]:
     for name in wanted: yield Row(case.folder.name, f"{name}: not compared", float("nan"), "", False)
 
 
-def below(weights: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    "The weights whose names begin with one of these, without it."
-    return {name.removeprefix(prefix): weight for prefix in prefixes for name, weight in weights.items() if name.startswith(prefix)}
+def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    "The weights whose names begin so, without it."
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 def filled(module: nn.Module, weights: Mapping[str, Tensor], case: Case) -> nn.Module:
@@ -36,7 +37,7 @@ def filled(module: nn.Module, weights: Mapping[str, Tensor], case: Case) -> nn.M
 
 
 def open_quantizer(case: Case, c: CodecConfig) -> Quantizer:
-    return filled(Quantizer(c), stacked(below(case.tensors("weights", torch.float32), "flow_matching.vq_embed.", "vq_embed.") or case.tensors("weights", torch.float32)), case)
+    return filled(Quantizer(c), stacked(below(case.tensors("weights", torch.float32), "flow_matching.vq_embed.")), case)
 
 
 def open_flow(case: Case) -> Flow:
@@ -121,8 +122,8 @@ def codec_detokenize(case: Case) -> Iterator[Row]:
 def codec_query_encoder(case: Case) -> Iterator[Row]:
     weights, inputs, wanted = case.tensors("weights", torch.float32), case.tensors("inputs", torch.float32), case.tensors("outputs")
     query = QueryEncoder(case.config, {name: stream.shape[-1] for name, stream in inputs.items()})
-    own = below(weights, "encoder.query.", "query.") or weights
-    yield case.close("out", filled(query, folded(own), case)(inputs), wanted.pop("out"), 2e-4)
+    own = folded(below(weights, "encoder.query."))
+    yield case.close("out", filled(query, own, case)(inputs), wanted.pop("out"), 2e-4)
     yield from left_over(case, wanted)
 
 
@@ -138,7 +139,6 @@ def codec_resample(case: Case) -> Iterator[Row]:
 
 def kernel(old: int, new: int, taps: int) -> Tensor: # [phases, 1, taps]
     "Our sparse rows of weights, laid out as the original has them: all phases begin at the same sample."
-    from math import gcd
     step, phases = old // gcd(old, new), new // gcd(old, new)
     first, weights, reach = sinc_weights(step, phases)
     rows = torch.zeros(phases, taps + 2 * weights.shape[1])
