@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
+import torch
 from .. import data
 from ..audio import AUDIO_SUFFIXES, Audio, load
 from ..core import MusiclabError, Problem, atomic_file, progress
 from ..encode import BAD, read_ahead
 from ..features import prepare
 from ..files import Root, walk
-from .codec import Codec, check_codes, oriented
-from .codec_files import RELEASE, identity, open_tokenizer
+from .checkpoint import PARTS
+from .codec import Codec
+from .codec_files import identity, open_tokenizer
+from .data import as_codes
 from .encoder import AudioTokenizer
 from .quantizer import CodecConfig
 from ..tracks import Source
@@ -36,10 +39,10 @@ def write_tokens(
 def read_tokens(
     source: str | Path | Source, # a .npy or .npz file, or a cell of a data set
     c: CodecConfig, # of the codec that they belong to
-): # int64 tensor [codebooks, frames]
+) -> torch.Tensor: # int64 [codebooks, frames]
     "Tokens, the right way round. Raises MusiclabError when they are none, or not of this codec."
     source = source if isinstance(source, Source) else Source.of(source)
-    return check_codes(oriented(source.array(), c.num_quantizers, source.name), c, source.name)
+    return torch.from_numpy(as_codes(source.array(), c.num_quantizers, c.codebook_size, source.name).T)
 
 def up_to_date(
     path: Path, # NAME.tokens.npy
@@ -112,7 +115,7 @@ class Tokens:
     name, where = "tokens", "device"
 
     def __init__(self,
-        folder: str | Path = RELEASE["encoder"], # the encoder, as for `open_tokenizer`
+        folder: str | Path = PARTS["encoder"][0], # the encoder, as for `open_tokenizer`
         codec: str | Path | None = None, # the codec, as for `open_tokenizer`
     ): self.folder, self.codec = folder, codec
 
