@@ -11,6 +11,7 @@ import typer
 from . import __version__
 from .cli_audiocraft import app as audiocraft_app
 from .commands_data import data_app, features_app
+from .commands_ace_step import ace_step_app
 from .commands_training import FREE, train
 from .commands_writing import museformer_app
 from .core import MusiclabError
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 app.add_typer(data_app, name="data")
 app.add_typer(features_app, name="features")
 app.add_typer(museformer_app, name="museformer")
+app.add_typer(ace_step_app, name="ace-step")
 app.add_typer(audiocraft_app, name="audiocraft")
 
 @app.callback(invoke_without_command=True)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Row', 'NAMES', 'json_rows', 'jsonl_rows', 'csv_rows', 'as_text', 'pick', 'texts_of', 'is_simple', 'words_of',
            'inside', 'split_of', 'row_track', 'row_tracks', 'audiocraft_rows', 'Cells', 'no_bars', 'saved_by_hf',
-           'open_hf', 'in_cells', 'hf_rows']
+           'open_hf', 'in_cells', 'repeats', 'hf_rows']
 
 # %% ../nbs/0_shared/05b_rows.ipynb #3c06f350
 import codecs, csv, gzip, io, json, os, zlib
@@ -266,12 +266,25 @@ def in_cells(
     return depth > 1 or not isinstance(kind, (datasets.Value, datasets.ClassLabel))
 
 # %% ../nbs/0_shared/05b_rows.ipynb #1b424526
+def repeats(
+    folder: Path, # a data set written by `save_to_disk`
+) -> int:
+    "How often it names the same files over again."
+    try: names = [file["filename"] for file in json.loads((folder/"state.json").read_text())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError): return 1
+    once = list(dict.fromkeys(names))
+    times = len(names) // max(1, len(once))
+    return max(1, times) if names == once * times else 1
+
+# %% ../nbs/0_shared/05b_rows.ipynb #9aa84148
 def hf_rows(
     where, # as for `open_hf`
 ) -> Iterator[Row]:
     "The rows of a Hugging Face data set, with sources or paths where they hold sound or tokens."
     import datasets
     for split, part in open_hf(where).items():
+        times = repeats(Path(where, "" if split == "row" else split)) if isinstance(where, (str, Path)) else 1
+        if times > 1: part = part.select(range(len(part) // times))
         for name, kind in part.features.items():
             if isinstance(kind, datasets.Audio): part = part.cast_column(name, datasets.Audio(decode=False))
         sound = [name for name, kind in part.features.items() if isinstance(kind, datasets.Audio)]
@@ -282,4 +295,4 @@ def hf_rows(
         for number, (row, *places) in enumerate(zip(rows, *(Cells(part, name).places(split) for name in names))):
             row |= {name: name_of(row[name]) for name, name_of in labels.items() if row[name] is not None} | dict(zip(names, places))
             if sound and "audio" not in row: row["audio"] = row.pop(sound[0]) # a column of sound is the sound, whatever its name
-            yield f"{split}[{number}]", {"split": None if split == "row" else split} | row
+            yield f"{split}[{number}]", {"split": None if split == "row" else split} | row | ({"weight": times} if times > 1 else {})

@@ -31,6 +31,7 @@ class DataSet(Settings):
     instrumental: bool = Field(False, description="a track without lyrics has none to sing, rather than unknown ones")
     weight: float = Field(1.0, gt=0, description="how often each track comes in a pass over the data")
     min_seconds: float | None = Field(None, gt=0, description="shorter tracks are left out")
+    allow_outside: bool = Field(False, description="of a table: files may lie anywhere, not only beside it")
     part: str | None = Field(None, description="of a data set in parts: only this one, such as train")
     split: Literal["train", "valid"] | None = Field(None, description="what the whole set is for; none: it is split like any other")
 
@@ -72,7 +73,7 @@ def pieces(
     one: DataSet, # where it is and how it is read
 ) -> Iterator[Track | Problem]:
     "The tracks and problems of one set."
-    found = read(one.path, one.format, **{name: value for name in ("kind", "columns", "text", "lyrics", "tokens") if (value := getattr(one, name)) is not None})
+    found = read(one.path, one.format, allow_outside=one.allow_outside, **{name: value for name in ("kind", "columns", "text", "lyrics", "tokens") if (value := getattr(one, name)) is not None})
     yield from found.problems
     parts = set(found.column("split")) if one.part else ()
     if one.part and one.part not in parts:

@@ -167,6 +167,7 @@ def translate_entry(
     path = filled(str(place), words, where) + (f"@{options['revision']}" if options.get("revision") and not at else "")
     data, said = words_wanted(entry, where)
     if source == "local": data, said = data | {"lyrics": lyrics_files(entry.get("audio", {}))}, f"{said}, lyrics from {lyrics_files(entry.get('audio', {}))[0].replace('{filename}', 'NAME')}"
+    if source == "huggingface" and not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", path): data = {"allow_outside": True, **data} # a table that somebody has made here
     shorter, settings, cut = length_wanted(entry.get("audio", {}), where)
     more = {"weight": 1.0 + float(entry["repeats"])} if entry.get("repeats") else {}
     more |= {"part": options["split"]} if options.get("split") else {}

@@ -77,7 +77,8 @@ def test_the_fragments_and_the_converted_set_load_verbatim(here):
     assert (config.lyrics_embedder_train, config.lyrics_embedder_lr, config.lyrics_embedder_optimizer, config.lyrics_embedder_schedule) == (True, 5e-5,
         "adamw", "cosine_with_restarts")
     environment(here, backends=fragment("multidatabackend.converted.json"))
-    assert load_config("env=demo").data == [{"path": "path/to/converted/dataset", "columns": {"lyrics": ["norm_lyrics"], "tags": ["tags"], "caption": [],
+    assert load_config("env=demo").data == [{"path": "path/to/converted/dataset", "allow_outside": True, "columns": {"lyrics": ["norm_lyrics"],
+        "tags": ["tags"], "caption": [],
         "captions": []}}]
 
 
