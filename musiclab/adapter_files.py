@@ -62,7 +62,7 @@ def describe(
 ) -> str: # a few lines of text
     "What an adapter is, for people."
     kind = ", ".join(filter(None, [adapter.layout, adapter.format]))
-    ends = Counter(layer.rsplit(".", 1)[-1] for layer in adapter.alphas)
+    ends = Counter(re.search(r"[^.]+(\.\d+)*$", layer)[0] for layer in adapter.alphas)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors.values()})
     size = sum(tensor.nbytes for tensor in adapter.tensors.values())
     mixed = " (differs between layers)" if len({*adapter.ranks.values()}) > 1 or len({*adapter.alphas.values()}) > 1 else ""
@@ -278,7 +278,7 @@ def inspect(
     return Adapter(tensors, alphas, method, printable(about.get("base") or settings.get("base_model_name_or_path") or ""),
                    printable(settings.get("target_modules") or ""), steps if isinstance(steps, int) else None,
                    {printable(k): printable(v) for k, v in config.items()} if isinstance(config, dict) else {}, layout,
-                   format.name if format else printable(written or ""), recorded=bool(beside or settings))
+                   format.name if format else printable(written or ""), recorded=bool(beside or settings or about)) # our own files always tell: one without alpha has it in its matrices
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #84ad99f3
 def peft_settings(
@@ -323,7 +323,7 @@ def write(
     header = {"format": "pt", "musiclab": json.dumps(about, default=str)}
     if format.alpha == "beside":
         tensors |= {f"{name}.alpha": torch.tensor(adapter.factor(layer) * adapter.ranks[layer]) for layer, name in names.items()}
-    else: header["lora_adapter_metadata"] = json.dumps(peft_settings(adapter, names))
+    elif format.alpha == "header": header["lora_adapter_metadata"] = json.dumps(peft_settings(adapter, names))
     if path.suffix == ".safetensors":
         with atomic_file(path) as beside: save_file(tensors, beside, metadata=header)
     else: write_folder(path, tensors, header, peft_settings(adapter, names))

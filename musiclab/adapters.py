@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PREFIXES', 'fresh', 'install', 'weaken', 'adapted', 'parts', 'adapter_state', 'load_adapter_state', 'attach',
-           'merged_weight', 'set_strength', 'merge', 'modules_file', 'load_modules', 'save', 'renamed', 'expression',
-           'read_for', 'load']
+           'merged_weight', 'set_strength', 'merge', 'modules_file', 'load_modules', 'copy_modules', 'save', 'renamed',
+           'expression', 'read_for', 'load']
 
 # %% ../nbs/0_shared/08_adapters.ipynb #365edce9
 import math, re, warnings
@@ -204,6 +204,15 @@ def load_modules(
     with torch.no_grad():
         for name, weight in there.items(): own[name].copy_(own[name].float().lerp(weight.to(own[name].device).float(), strength))
     return list(there)
+
+# %% ../nbs/0_shared/08_adapters.ipynb #233b1567
+def copy_modules(
+    source: str | Path, # an adapter
+    target: str | Path, # the same in another layout
+) -> None:
+    "Let modules that were trained whole go along."
+    if (beside := modules_file(source)).is_file(): save_file(load_file(beside), modules_file(target))
+    else: modules_file(target).unlink(missing_ok=True)
 
 # %% ../nbs/0_shared/08_adapters.ipynb #ea6efe54
 def save(

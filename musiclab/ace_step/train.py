@@ -17,7 +17,7 @@ from .checkpoint import PARTS
 from .codec import frames_in, open_codec
 from .data import Latents, Lyrics, Text, captions, collate, example, pad
 from .guidance import Guidance
-from .objective import denoising_loss, forget, imitation_loss, level_at, look, mix, noise_levels, offsets, rollout
+from .objective import close_ranks, denoising_loss, forget, imitation_loss, level_at, look, mix, noise_levels, offsets, rollout
 from .sampling import Prompt
 from .settings import TARGETS, AceStepConfig
 from .transformer import Transformer, open_transformer, save_transformer
@@ -112,7 +112,7 @@ def losses(
     music, frames = batch["latents"], batch["frames"]
     noise, sigma = noise_for(music, frames.cpu(), at), levels_for(at, config.shift)
     gone = [lost(at, what, part).to(music.device) for what, part in (("text", config.text_dropout), ("lyrics", config.lyrics_dropout))]
-    told = model.encode(*forget(batch["text"], batch["text_mask"], batch["lyrics"], batch["lyrics_mask"], *gone))
+    told = close_ranks(model.encode(*forget(batch["text"], batch["text_mask"], batch["lyrics"], batch["lyrics_mask"], *gone)))
     there, sigma = None if frames.all() else frames, sigma.to(music.device)
     noisy = start(model, music, noise, sigma, told, there, at, config) if at.training and config.rollout_offset else mix(music, noise, sigma)
     seen = look(model, noisy, sigma, told, there, model.config.ssl_encoder_depths[:len(listeners)])
@@ -123,7 +123,7 @@ def losses(
 
 def start(model: Transformer, music: Tensor, noise: Tensor, sigma: Tensor, told, frames: Tensor | None, at: At, config: AceStepConfig) -> Tensor:
     "Where a look begins: for some songs, where the model has walked to by itself."
-    draws = torch.tensor([draw("rollout").random(2) for draw in at.draws], dtype=torch.float32)
+    draws = torch.from_numpy(np.array([draw("rollout").random(2) for draw in at.draws], np.float32))
     far = offsets(config.rollout_offset, draws[:, 1], config.rollout_strategy) * (draws[:, 0] < config.rollout_at(at.step))
     ask = lambda x, level: model.decode(x, 1000 * level, told, frames).float()
     model.eval() # a walk is not training: nothing is left out at random
