@@ -190,7 +190,7 @@ def inspect(
 def export(
     adapter: Annotated[Path, typer.Argument(help="An adapter file or folder, or a run's output folder.")],
     out: Annotated[Path, typer.Argument(help="The new file or folder.")],
-    to: Annotated[str, typer.Option(help="peft (a folder), file (one .safetensors with alpha in its header), or merged (a whole model).")] = "file",
+    to: Annotated[str, typer.Option("--to", "--format", help="peft (a folder), file (one .safetensors with alpha in its header), merged (a whole model); ACE-Step also upstream, diffusers, comfyui.")] = "file",
     model: Annotated[Optional[str], typer.Option(help="The base model; by default the one the adapter names. Needed for merged.")] = None,
     strength: Annotated[float, typer.Option(help="With merged: how much of the adapter goes in.")] = 1.0,
 ):

@@ -9,6 +9,7 @@ __all__ = ['PATIENCE', 'recompute', 'seeded', 'processes', 'wrap', 'put_weights'
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from . import adapters
@@ -85,11 +86,12 @@ def begin_with(
     formats, # of the model's family
 ) -> None:
     "Go on from an adapter. Modules that were trained beside it must be trained on, or the result would lack them."
-    adapters.load(model, path, formats)
     if (beside := adapters.modules_file(path)).is_file():
-        frozen = [name for name in adapters.load_modules(model, beside) if not model.get_parameter(name).requires_grad]
-        if frozen: raise MusiclabError(f"was trained with whole modules beside it, such as {frozen[0].split('.')[0]}, which this run leaves alone", path,
-                                       "Train them too (ACE-Step: lyrics_embedder_train=true), or merge it into the model first")
+        own = {name for name, p in model.named_parameters() if p.requires_grad}
+        if left := sorted(load_file(beside).keys() - own):
+            raise MusiclabError(f"was trained with whole modules beside it, such as {left[0].split('.')[0]}, which this run leaves alone", path,
+                                "Train them too (ACE-Step: lyrics_embedder_train=true), or merge it into the model first")
+    adapters.load(model, path, formats)
 
 # %% ../nbs/0_shared/10c_engine.ipynb #91333383
 def build(

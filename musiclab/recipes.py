@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'look_up', 'Family', 'family', 'family_of', 'ready_configs', 'find_config', 'load_config', 'read_tracks',
-           'read_data', 'train', 'batch_page', 'listener', 'result_in', 'export', 'play']
+           'read_data', 'train', 'batch_page', 'listener', 'result_in', 'export', 'formats_for', 'play']
 
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
 import difflib, importlib, json, os, shutil, sys
@@ -31,6 +31,7 @@ class Family:
     merge: str # function: model, adapter, out, strength -> folder of a whole model
     read: str = "musiclab.recipes:read_tracks" # function: config, path -> Tracks
     mark: str = "" # a file of its checkpoints that tells them, where there is no `config.json` at the top
+    formats: str = "" # mapping: tool -> how it names an adapter's weights (musiclab.adapters.Format)
 
 # %% ../nbs/5_tools/50_recipes.ipynb #58eac5f1
 FAMILIES = {
@@ -39,7 +40,8 @@ FAMILIES = {
     "museformer": Family("HID-MuseFormer (MIDI, trained from nothing)", ("hid_museformer",), "musiclab.museformer.train:MuseFormerConfig", "musiclab.museformer.train:MuseFormerTask",
                          "musiclab.museformer.train:tiny_checkpoint", "musiclab.museformer.generate:generate", "musiclab.museformer.train:merge", "musiclab.museformer.data:read_for"),
     "ace_step": Family("ACE-Step v1 (songs with lyrics, flow matching)", (), "musiclab.ace_step.settings:AceStepConfig", "musiclab.ace_step.train:AceStepTask", "musiclab.ace_step.checkpoint:tiny_checkpoint",
-                       "musiclab.ace_step.generate:play", "musiclab.ace_step.train:merge", mark="ace_step_transformer/config.json"),
+                       "musiclab.ace_step.generate:play", "musiclab.ace_step.train:merge", mark="ace_step_transformer/config.json",
+                       formats="musiclab.ace_step.train:FORMATS"),
 }
 
 def family(
@@ -164,24 +166,37 @@ def result_in(
 def export(
     result: str | Path, # an adapter, a checkpoint, or a run's output folder
     out: str | Path, # the new file or folder
-    to: str = "file", # "file", "peft" or "merged"
+    to: str = "file", # "file", "peft" or "merged"; or a tool that reads the family's adapters, such as "comfyui"
     model: str | None = None, # the base model; None takes the one that the result names
     strength: float = 1.0, # with merged: how much of the adapter
 ) -> Path: # what was written
     "Write an adapter in another form, or a whole model with what was trained in it."
     from musiclab import adapters
     from musiclab.core import fetch
-    result = result_in(result)
-    if to not in ("file", "peft", "merged"): raise MusiclabError(f"unknown form {to!r}", "--to", "Choose file, peft or merged")
-    if (to == "file") != (Path(out).suffix == ".safetensors"):
-        raise MusiclabError(f"is not a name for the form {to}", out, "A file ends in .safetensors; the others are folders")
-    if (state := result/"state.json").is_file(): base = json.loads(state.read_text())["config"]["model"]
-    else: base = (found := adapters.inspect(result)).base
+    result, state = result_in(result), result_in(result)/"state.json"
+    found = None if state.is_file() else adapters.inspect(result)
+    base = model or (json.loads(state.read_text())["config"]["model"] if found is None else found.base)
+    formats = {"file": None, "peft": None, "merged": None} | ({} if found is None else formats_for(found, base))
+    if to not in formats: raise MusiclabError(f"unknown form {to!r}", "--to", f"Choose {', '.join(formats)}")
+    if (to in ("peft", "merged")) == (Path(out).suffix == ".safetensors"):
+        raise MusiclabError(f"is not a name for the form {to}", out, "A file ends in .safetensors; peft and merged make folders")
     if to == "merged":
-        if not (model or base): raise MusiclabError("does not say which model it belongs to", result, "Name it with --model")
-        return look_up(family_of(fetch(model or base)).merge)(model or base, result, out, strength)
-    if state.is_file(): raise MusiclabError("is a full fine-tune, not an adapter", result, "Use --to merged")
-    return adapters.write(found, out)
+        if not base: raise MusiclabError("does not say which model it belongs to", result, "Name it with --model")
+        return look_up(family_of(fetch(base)).merge)(base, result, out, strength)
+    if found is None: raise MusiclabError("is a full fine-tune, not an adapter", result, "Use --to merged")
+    written = adapters.write(found, out, formats[to])
+    adapters.copy_modules(result, written)
+    return written
+
+def formats_for(
+    adapter, # musiclab.adapters.Adapter
+    base: str, # the model that it belongs to, where that is known
+) -> dict: # name -> musiclab.adapters.Format
+    "The tools that read adapters of this family."
+    named = adapter.config.get("task")
+    known = FAMILIES.get(named) or (family_of(base) if Path(base or "?").is_dir() else None)
+    if known is None: return {name: layout for each in FAMILIES.values() if each.formats for name, layout in look_up(each.formats).items()}
+    return look_up(known.formats) if known.formats else {}
 
 # %% ../nbs/5_tools/50_recipes.ipynb #2118a830
 def play(

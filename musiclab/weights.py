@@ -42,7 +42,7 @@ def opened(
     device: str | torch.device = "cpu", # where its tensors will go
 ): # a safetensors file; it is read when a tensor is asked for
     "A file that can be read in parts. Raises MusiclabError when it is damaged."
-    try: return safe_open(file, "pt", device=str(device))
+    try: return safe_open(file, "pt", device="cpu" if torch.device(device).type == "cpu" else str(device)) # one of several processes says cpu:0
     except SafetensorError as error: raise MusiclabError(f"the file is damaged ({error})", file, "Download the model again") from error
 
 def read_tensors(

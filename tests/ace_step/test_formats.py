@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from musiclab import adapters, recipes
 from musiclab.ace_step.checkpoint import read_weights
@@ -46,8 +46,12 @@ def test_generate_reads_them_all(made, tiny, name):
     assert close(answer(open_model(tiny, folder / name)), wanted) and not close(answer(open_model(tiny)), wanted)
 
 
-@pytest.mark.parametrize("name, how", [("file", {"prefix": None, "with_alpha": True, "use_safetensors": True}), ("upstream", {"prefix": None, "with_alpha": True}),
-                                       ("upstream", {"prefix": None, "with_alpha": True, "use_safetensors": True}), ("diffusers", {}), ("diffusers", {"use_safetensors": True})])
+ORIGINAL = {"prefix": None, "with_alpha": True}
+HEADER = {"use_safetensors": True}
+
+
+@pytest.mark.parametrize("name, how", [("file", ORIGINAL | HEADER), ("upstream", ORIGINAL), ("upstream", ORIGINAL | HEADER),
+                                       ("diffusers", {}), ("diffusers", HEADER)])
 def test_diffusers_reads_them_as_the_original_does(made, tiny, name, how):
     "The original's pipeline calls `load_lora_adapter(file, prefix=None, with_alpha=True)`, and without `use_safetensors` nobody looks into the header."
     from diffusers.loaders.peft import PeftAdapterMixin
@@ -100,7 +104,8 @@ def test_an_adapter_of_a_quantised_run_is_merged_into_the_true_weights(made, tin
     "Never into the rounded ones: the output moves, and moves to where the adapter moves it."
     pytest.importorskip("torchao")
     folder, method, wanted = made
-    config = AceStepConfig(data="x", model=str(tiny), quantize="int8", method=method, rank=4, alpha=6, targets="attn_qkv+linear_qkv+speech_embedder", init_adapter=str(folder / "adapter"), device="cpu")
+    config = AceStepConfig(data="x", model=str(tiny), quantize="int8", method=method, rank=4, alpha=6, device="cpu",
+                           targets="attn_qkv+linear_qkv+speech_embedder", init_adapter=str(folder / "adapter"))
     model, plain = Engine(AceStepTask(config), config, torch.device("cpu")).model, answer(open_transformer(tiny))
     coarse = answer(model)
     with pytest.raises(MusiclabError, match="quantised"): adapters.merge(model)
@@ -111,7 +116,6 @@ def test_an_adapter_of_a_quantised_run_is_merged_into_the_true_weights(made, tin
 def test_what_fits_nowhere_is_an_error(made, tiny, tmp_path):
     folder, method, _ = made
     tensors = {name.replace("transformer_blocks", "blocks"): tensor for name, tensor in load_file(folder / "upstream.safetensors").items()}
-    from safetensors.torch import save_file
     save_file(tensors, tmp_path / "foreign.safetensors")
     config = AceStepConfig(data="x", model=str(tiny), method=method, rank=4, alpha=6, init_adapter=str(tmp_path / "foreign.safetensors"), device="cpu")
     with pytest.raises(MusiclabError, match="no place in this model"): Engine(AceStepTask(config), config, torch.device("cpu"))
