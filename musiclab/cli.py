@@ -12,6 +12,7 @@ from . import __version__
 from .cli_audiocraft import app as audiocraft_app
 from .commands_data import data_app, features_app
 from .commands_ace_step import ace_step_app
+from .commands_heartmula import heartmula_app
 from .commands_training import FREE, train
 from .commands_writing import museformer_app
 from .core import MusiclabError
@@ -23,6 +24,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(features_app, name="features")
 app.add_typer(museformer_app, name="museformer")
 app.add_typer(ace_step_app, name="ace-step")
+app.add_typer(heartmula_app, name="heartmula")
 app.add_typer(audiocraft_app, name="audiocraft")
 
 @app.callback(invoke_without_command=True)

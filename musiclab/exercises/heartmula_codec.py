@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['quantizer_1', 'quantizer_2', 'estimator_1', 'estimator_2', 'flow_1', 'flow_2', 'scalar_1', 'scalar_2', 'codec_1',
-           'codec_2', 'streams_1', 'streams_2', 'encoder_1', 'encoder_2', 'files_1', 'tokenize_1']
+           'codec_2', 'streams_1', 'streams_2', 'encoder_1', 'encoder_2', 'files_1', 'tokenize_1', 'commands_1']
 
 # %% ../../nbs/5_tools/53ia_checks_heartmula_codec.ipynb #645a6b29
 _nothing = "The function returns nothing yet: end it with `return …`."
@@ -154,3 +154,18 @@ def tokenize_1(again) -> None:
     assert again(codes) is not None, _nothing
     assert abs(again(codes) - 0.5) < 1e-6, f"5, 7, 5, 5, 9, 7: three of the six have been there before, which is 0.5; you have {again(codes)}."
     assert again(torch.zeros(8, 10, dtype=torch.long)) == 0.9, "Always the same: all but the first."
+
+# %% ../../nbs/5_tools/53ia_checks_heartmula_codec.ipynb #841e76eb
+def commands_1(night) -> None:
+    "Exercise of `5_tools/50f_commands_heartmula`: tokens and drafts of several folders."
+    import shlex
+    lines = night(["jazz", "old songs"])
+    assert lines is not None, _nothing
+    assert len(lines) == 4, f"Two command lines for each of two folders are four; you have {len(lines)}."
+    for folder, (make, play) in zip(("jazz", "old songs"), (lines[:2], lines[2:])):
+        make, play = shlex.split(make), shlex.split(play)
+        assert make[:3] == ["musiclab", "heartmula", "tokenize"] and play[:3] == ["musiclab", "heartmula", "decode"], f"For {folder}: first tokenize, then decode; you have {' '.join(make)} and {' '.join(play)}."
+        assert make[3:] == [folder], f"The folder {folder!r} should arrive as one word: shlex.quote helps with the blank."
+        assert play[3] == folder, f"The folder {folder!r} comes right after decode."
+        assert "--steps" in play and play[play.index("--steps") + 1] == "4", f"{folder}: decode it with --steps 4."
+        assert "--out" in play and play[play.index("--out") + 1] == f"{folder}-draft", f"{folder}: the drafts go to --out {folder}-draft."

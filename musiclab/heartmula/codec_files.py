@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MU', 'RENAMED', 'TINY', 'find_part', 'codec_names', 'encoder_names', 'quantizer_weights', 'frozen', 'open_codec',
-           'open_quantizer', 'partner', 'open_tokenizer', 'identity', 'chords', 'fit_quantizer', 'set_loudness',
-           'tiny_codec']
+           'codec_config', 'open_quantizer', 'partner', 'open_tokenizer', 'identity', 'random_chords', 'fit_quantizer',
+           'set_loudness', 'tiny_codec']
 
 # %% ../../nbs/3_heartmula/33b_codec_files.ipynb #47888873
 import json, re
@@ -77,7 +77,7 @@ def open_codec(
     "The decoder of a HeartCodec."
     if dtype not in (torch.float32, torch.float16): raise MusiclabError(f"HeartCodec does not sound right in {str(dtype)[6:]}", "dtype", "Choose float32 or float16")
     place = find_part(folder, "codec")
-    c, files = CodecConfig.of(read_json(place/"config.json")), weight_files(place)
+    c, files = codec_config(place), weight_files(place)
     with torch.device("meta"): flow, scalar = Flow(c), ScalarCodec(c)
     del scalar.encoder
     weights = {name.removeprefix("flow_matching."): weight for name, weight in
@@ -87,13 +87,19 @@ def open_codec(
     fill(scalar, {name.removeprefix("scalar_model."): weight for name, weight in folded(sound).items()}, place)
     return Codec(frozen(flow), frozen(scalar), piece)
 
+def codec_config(
+    folder: str | Path = PARTS["codec"][0], # as for `find_part`
+) -> CodecConfig:
+    "The sizes of a HeartCodec."
+    return CodecConfig.of(read_json(find_part(folder, "codec")/"config.json"))
+
 def open_quantizer(
     folder: str | Path = PARTS["codec"][0], # as for `find_part`
     device: str | torch.device = "cpu", # where it will compute
 ) -> Quantizer:
     "The codebooks of a HeartCodec, without the rest."
     place = find_part(folder, "codec")
-    with torch.device("meta"): quantizer = Quantizer(CodecConfig.of(read_json(place/"config.json")))
+    with torch.device("meta"): quantizer = Quantizer(codec_config(place))
     fill(quantizer, {name: weight.to(device) for name, weight in quantizer_weights(weight_files(place)).items()}, place)
     return frozen(quantizer)
 
@@ -152,13 +158,16 @@ TINY = {
 }
 
 # %% ../../nbs/3_heartmula/33b_codec_files.ipynb #efb57ce8
-def chords(
+def random_chords(
     count: int, # how many, four in a second
     rate: int, # samples per second
 ) -> Tensor: # [samples]
-    "Something to listen to: four tones each, drawn from torch's generator."
+    "Something to listen to: four tones that fade, and a stroke of noise; each louder or softer than the last. Draws from torch's generator."
     pitch = 110 * 2 ** (torch.randint(0, 36, (count, 4)) / 12) * 2 * torch.pi / rate
-    return torch.sin(pitch.repeat_interleave(rate // 4, 0).cumsum(0)).sum(1) / 8
+    tones = torch.sin(pitch.repeat_interleave(rate // 4, 0).cumsum(0)).sum(1).unflatten(0, (count, -1)) / 2
+    time, (loud, noisy) = torch.arange(rate // 4) / rate, 10 ** (-2 * torch.rand(2, count, 1))
+    fade, stroke = torch.exp(-time * 8 * torch.rand(count, 1)), torch.exp(-time * 30 * torch.rand(count, 1))
+    return (tones * fade * loud + torch.randn(count, len(time)) * stroke * noisy / 10).flatten()
 
 @torch.no_grad()
 def fit_quantizer(
@@ -166,10 +175,13 @@ def fit_quantizer(
 ) -> None:
     "Give a random encoder codebooks that follow the sound."
     quantizer, rate = tokenizer.quantizer, 24_000
-    heard = tokenizer.vectors(Audio(chords(120, rate).numpy(), rate))
-    mean, inner = heard.mean(0), quantizer.embed.shape[2]
-    _, size, ways = torch.linalg.svd(heard - mean, full_matrices=False)
-    quantizer.project_in.weight.copy_(ways[:inner] * len(heard) ** 0.5 / size[:inner, None].clamp(min=size[0] / 20))
+    tokenizer.encoder.feature_extractors.whisper_encoder.embed_positions.weight *= 0.1 # else it drowns what is heard
+    heard = tokenizer.vectors(Audio(random_chords(160, rate).numpy(), rate))
+    mean, inner, by_place = heard.mean(0), quantizer.embed.shape[2], heard.unflatten(0, (-1, tokenizer.encoder.chunk // 1920))
+    drift = torch.linalg.svd(by_place.mean(0) - mean, full_matrices=False)[2][:len(mean) // 2] # what places differ in
+    clear = torch.eye(len(mean)) - drift.T @ drift
+    _, size, ways = torch.linalg.svd((by_place - by_place.mean(0)).flatten(0, 1) @ clear, full_matrices=False)
+    quantizer.project_in.weight.copy_(ways[:inner] @ clear * len(heard) ** 0.5 / size[:inner, None].clamp(min=size[0] / 20))
     quantizer.project_in.bias.copy_(-quantizer.project_in.weight @ mean)
     quantizer.embed.copy_(residual_tables(quantizer.project_in(heard), *quantizer.embed.shape[:2]))
 
