@@ -13,7 +13,7 @@ from .cli_audiocraft import app as audiocraft_app
 from .commands_data import data_app, features_app
 from .commands_ace_step import ace_step_app
 from .commands_heartmula import heartmula_app
-from .commands_training import FREE, plan, train
+from .commands_training import FREE, train
 from .commands_writing import museformer_app
 from .core import MusiclabError
 
@@ -110,21 +110,20 @@ def tiny(
 
 # %% ../nbs/5_tools/51_cli.ipynb #089cfbd5
 app.command(context_settings=FREE)(train)
-app.command(context_settings=FREE)(plan)
 
 # %% ../nbs/5_tools/51_cli.ipynb #35c9d7d5
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="A model's folder or hub name.")] = "facebook/musicgen-small",
     prompt: Annotated[Optional[list[str]], typer.Option(help="What to play; may be given several times.")] = None,
-    lyrics: Annotated[Optional[str], typer.Option(help="ACE-Step: what is sung, as text or the name of a text file.")] = None,
+    lyrics: Annotated[Optional[str], typer.Option(help="ACE-Step, HeartMuLa: what is sung, as text or the name of a text file.")] = None,
     adapter: Annotated[Optional[Path], typer.Option(help="An adapter: a peft folder, a safetensors file, or a run's output folder.")] = None,
     strength: Annotated[float, typer.Option(help="Of the adapter: 0 is the model as it was, 1 as it was trained.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="Length of each piece.")] = 10.0,
     seed: Annotated[int, typer.Option(help="The same seed plays the same piece; further prompts count up from it.")] = 0,
-    guidance: Annotated[Optional[float], typer.Option(help="How strictly the prompt is followed; 1 is off. MusicGen 3, ACE-Step 15.")] = None,
-    temperature: Annotated[Optional[float], typer.Option(help="MusicGen: below 1 safer, above 1 wilder; 0 always takes the likeliest.")] = None,
-    top_k: Annotated[Optional[int], typer.Option(help="MusicGen: choose among the k likeliest tokens; 0 for all.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(help="How strictly the prompt is followed; 1 is off. MusicGen 3, ACE-Step 15, HeartMuLa 1.5.")] = None,
+    temperature: Annotated[Optional[float], typer.Option(help="MusicGen, HeartMuLa: below 1 safer, above 1 wilder; 0 always takes the likeliest.")] = None,
+    top_k: Annotated[Optional[int], typer.Option(help="MusicGen, HeartMuLa: choose among the k likeliest tokens; 0 for all.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="ACE-Step: from noise to music; 27 in half the time of 60.")] = None,
     sampler: Annotated[Optional[str], typer.Option(help="ACE-Step: euler, heun or pingpong.")] = None,
     start: Annotated[Optional[Path], typer.Option("--continue", help="Go on from this piece of sound; ACE-Step: the song that is changed.")] = None,
@@ -136,7 +135,7 @@ def generate(
     variance: Annotated[Optional[float], typer.Option(help="ACE-Step: 0 to 1, how different a retake or a new part is.")] = None,
     low_vram: Annotated[Optional[bool], typer.Option("--low-vram", help="ACE-Step: slower, in less memory.")] = None,
     setting: Annotated[Optional[list[str]], typer.Option("--set", help="Any other dial, as key=value. ACE-Step: guidance_kind (apg, cfg, cfg_star), interval, decay, tag_guidance, lyric_guidance, omega, shift, oss.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 (MusicGen: weights only).")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 (MusicGen, HeartMuLa: weights only).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     out: Annotated[Path, typer.Option(help="A .wav, .flac, .ogg or .mp3 file; several prompts are numbered.")] = Path("out.wav"),
 ):

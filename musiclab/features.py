@@ -249,10 +249,12 @@ def place_all(
     device, workers: int | str | None, begin: float, stop: Callable[[], bool], # as in `prepare` and `fill`
 ) -> tuple[np.ndarray, np.ndarray, list[Shard]]: # ids (sorted), number of shard and row for each, shards
     "Make the rows of one feature that are missing, and find them all."
-    digests, shelf = Digests(store.folder/"digests.json"), store.shelf(feature.name, feature.settings)
+    digests = Digests(store.folder/"digests.json")
     inputs = iter(progress(inputs, f"hashing for {feature.name}", unit=" inputs"))
     try: owners, keys, ids = name_all(inputs, digests, tracks, problems)
     finally: digests.save()
+    if not len(keys): return ids, np.zeros((0, 2), np.int64), [] # no need to ask for its settings, such as the hash of an encoder
+    shelf = store.shelf(feature.name, feature.settings)
     wanted, first = np.unique(keys, return_index=True)
     lacking = int((shelf.find(wanted)[:, 0] < 0).sum())
     if lacking:

@@ -31,7 +31,7 @@ class Family:
     merge: str # function: model, adapter, out, strength -> folder of a whole model
     read: str = "musiclab.recipes:read_tracks" # function: config, path -> Tracks
     mark: str = "" # a file of its checkpoints that tells them, where there is no `config.json` at the top
-    formats: str = "" # mapping: tool -> how it names an adapter's weights (musiclab.adapters.Format)
+    formats: str = "" # mapping: tool -> how it names an adapter's weights (musiclab.adapters.Format), or function: model -> such a mapping
 
 # %% ../nbs/5_tools/50_recipes.ipynb #58eac5f1
 FAMILIES = {
@@ -42,6 +42,9 @@ FAMILIES = {
     "ace_step": Family("ACE-Step v1 (songs with lyrics, flow matching)", (), "musiclab.ace_step.settings:AceStepConfig", "musiclab.ace_step.train:AceStepTask", "musiclab.ace_step.checkpoint:tiny_checkpoint",
                        "musiclab.ace_step.generate:play", "musiclab.ace_step.train:merge", mark="ace_step_transformer/config.json",
                        formats="musiclab.ace_step.train:FORMATS"),
+    "heartmula": Family("HeartMuLa 3B (songs with lyrics, HeartCodec tokens)", ("heartmula",), "musiclab.heartmula.settings:HeartMulaConfig", "musiclab.heartmula.train:HeartMulaTask",
+                        "musiclab.heartmula.checkpoint:tiny_checkpoint", "musiclab.heartmula.generate:generate", "musiclab.heartmula.train:merge", mark="gen_config.json",
+                        formats="musiclab.heartmula.model:formats"),
 }
 
 def family(
@@ -195,8 +198,11 @@ def formats_for(
     "The tools that read adapters of this family."
     named = adapter.config.get("task")
     known = FAMILIES.get(named) or (family_of(base) if Path(base or "?").is_dir() else None)
-    if known is None: return {name: layout for each in FAMILIES.values() if each.formats for name, layout in look_up(each.formats).items()}
-    return look_up(known.formats) if known.formats else {}
+    found = {}
+    for each in [known] if known else FAMILIES.values():
+        layouts = look_up(each.formats) if each.formats else {}
+        found |= (layouts(base) if base else layouts()) if callable(layouts) else layouts
+    return found
 
 # %% ../nbs/5_tools/50_recipes.ipynb #2118a830
 def play(

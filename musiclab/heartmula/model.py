@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['ROPE', 'LONGEST', 'INNER', 'PORTION', 'LORA_TARGETS', 'llama', 'halved', 'paired', 'our_name', 'release_name',
-           'rotates', 'to_ours', 'to_release', 'embed_codes', 'embed', 'HeartMuLa', 'spelling_sums', 'losses',
-           'of_release', 'open_lm', 'release_weights']
+           'rotates', 'to_ours', 'to_release', 'formats', 'embed_codes', 'embed', 'HeartMuLa', 'spelling_sums',
+           'losses', 'of_release', 'open_lm', 'release_weights']
 
 # %% ../../nbs/3_heartmula/35_model.ipynb #a6066184
 import re
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from ..adapter_files import Format
 from ..core import prepare_imports
-from .checkpoint import Config, Stack, part_folder, read_config, read_weights
+from .checkpoint import RELEASE, Config, Stack, part_folder, read_config, read_weights
 from ..weights import fill
 prepare_imports()
 from transformers import LlamaConfig, LlamaModel
@@ -85,6 +86,14 @@ def to_ours(name: str, tensor: Tensor, config: Config) -> tuple[str, Tensor]:
 def to_release(name: str, tensor: Tensor, config: Config) -> tuple[str, Tensor]:
     "A tensor of the module, renamed and reordered: the inverse of `to_ours`."
     return release_name(name), paired(tensor, size) if (size := rotates(name, config)) else tensor
+
+# %% ../../nbs/3_heartmula/35_model.ipynb #530a03af
+def formats(
+    sizes: Config | str | Path = RELEASE, # of the model, or the model itself
+) -> dict[str, Format]: # by the name of the program that reads the file
+    "How others name and order an adapter's weights."
+    sizes = sizes if isinstance(sizes, Config) else read_config(sizes)
+    return {"heartlib": Format("heartlib", lambda name, tensor: to_release(name, tensor, sizes), lambda name, tensor: to_ours(name, tensor, sizes))}
 
 # %% ../../nbs/3_heartmula/35_model.ipynb #faa57121
 def embed_codes(

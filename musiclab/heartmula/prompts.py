@@ -61,7 +61,7 @@ def as_rows(
     return tokens, counts
 
 # %% ../../nbs/3_heartmula/34_prompts.ipynb #420dd412
-WORDLESS = re.compile(r"\binstrumental\b|\bno (vocals?|lyrics|singing)\b", re.IGNORECASE)
+WORDLESS = re.compile(r"\binstrumental\b|\bno (vocals?|lyrics|singing)\b|纯音乐", re.IGNORECASE)
 
 def texts_of(
     track, # musiclab.data.Track
@@ -69,7 +69,7 @@ def texts_of(
     "What a track is called and what is sung. Unknown lyrics are an error that names the file or the column."
     tags = ",".join(track.tags) or track.caption or ""
     if track.lyrics is not None: return tags, track.lyrics
-    if track.extra.get("instrumental") or WORDLESS.search(tags): return tags, ""
+    if WORDLESS.search(tags): return tags, ""
     source = track.source or track.tokens
     if source is None: return tags, "" # a prompt, not a song
     if source.path: raise MusiclabError(f"there is no {source.path.stem}.lyrics beside it", source.path, "Write the lyrics there, an empty file or the tag `instrumental` for none")
