@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from musiclab import compose, simpletuner
 from musiclab.ace_step.settings import TARGETS, AceStepConfig
@@ -265,3 +266,33 @@ def test_a_folder_in_place_of_a_data_set_keeps_the_rest(here, songs):
     saved = to_hf(read(songs), here / "saved")
     tracks = read_sets(simpletuner.load("env=demo", [f"data={saved}"]).config.data)
     assert [track.text for track in tracks] == [track.text for track in read(songs)]
+
+
+# both ways train, end to end
+
+def tiny(folder):
+    from musiclab.ace_step.checkpoint import tiny_checkpoint
+    return tiny_checkpoint(folder)
+
+
+QUICK = ("device=cpu", "sample_steps=2", "sample_seconds=1", "workers=0", "store=store")
+
+
+def test_simpletuners_files_train_and_the_lyrics_embedder_comes_back(here, songs):
+    tiny(here / "tiny")
+    fragment = json.loads((PLAN / "acestep-training-demo/lyrics_embedder.json").read_text())
+    environment(here, "acestep-training-demo", backends=json.loads((PLAN / "acestep-training-demo/multidatabackend.json").read_text()),
+                **json.loads((PLAN / "acestep-training-demo/config.json").read_text()) | fragment | {"base_model_precision": "no_change",
+                    "mixed_precision": "no"})
+    train = ("train", "env=acestep-training-demo", "model=tiny", f"data={songs}", "crop_seconds=2", *QUICK)
+    status, text = run(*train, "--max_train_steps=2", "--validation_prompt=pop", "--validation_lyrics=la la", "--validation_step_interval=9")
+    assert status == 0 and "done: 2 steps" in text, text
+    output = here / "output/acestep-training-demo"
+    assert (output / "samples/step-00000002/00.wav").exists() and list(output.glob("logs/*tfevents*"))
+    saved = load_file(output / "checkpoints/step-00000002/trained.safetensors")
+    assert any(".lora_" in name for name in saved) and any(name.startswith("lyric_encoder.") and ".lora_" not in name for name in saved)
+    status, text = run(*train, "--max_train_steps=3")  # goes on, with the weights of the lyrics embedder
+    assert status == 0 and "resuming from" in text and "done: 3 steps" in text, text
+    assert load_file(output / "checkpoints/step-00000003/trained.safetensors").keys() == saved.keys()
+    status, text = run(*train, "--max_train_steps=1", "output=third", "--init_lora=nothing/fits.safetensors")
+    assert status == 1 and "fits.safetensors" in text

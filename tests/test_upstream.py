@@ -164,3 +164,20 @@ def test_the_plans_commands_run_as_scripts(here):
     done = subprocess.run([sys.executable, root / "scripts/trainer.py", "--dry-run"], capture_output=True, text=True, env={"PYTHONPATH": str(root),
         "PATH": "", "HOME": str(here)})
     assert done.returncode == 0 and "rank: 256" in done.stdout, done.stderr
+
+
+def test_the_plans_commands_train(here):
+    from musiclab.ace_step.checkpoint import tiny_checkpoint
+    tiny_checkpoint(here / "tiny")
+    converted(here, 3)
+    (here / "config").mkdir()
+    (here / "config/small.json").write_text('{"r": 4, "lora_alpha": 8, "target_modules": ["linear_q", "to_q", "to_out.0", "speaker_embedder"]}')
+    train = ("ace-step", "trainer", "--checkpoint_dir", "tiny", "--lora_config_path", "config/small.json", "--num_workers", "0", "--every_plot_step", "2",
+        "--every_n_train_steps", "2",
+             "--set", "sample_steps=2", "--set", "sample_seconds=1", "--set", "device=cpu", "--set", "store=store")
+    status, text = run(*train, "--max_steps", "2")
+    assert status == 0 and "done: 2 steps" in text, text
+    output = here / "exps/logs/chinese_rap_lora"
+    assert (output / "adapter").is_dir() and (output / "samples/step-00000002/00.wav").exists()
+    status, text = run(*train, "--max_steps", "3", "--ckpt_path", output / "checkpoints/step-00000002")
+    assert status == 0 and "resuming from" in text and "done: 3 steps" in text, text
