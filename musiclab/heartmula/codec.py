@@ -126,13 +126,13 @@ class Codec:
         before: Tensor | None = None, # [1, few, out_channels] latents with which it begins
         steps: int = 10, # of the walk
         guidance: float = 1.25,
-    ) -> tuple[Tensor, Tensor]: # float32 [2, samples] on the CPU; latents [1, 2 · frames, out_channels]
+    ) -> tuple[Tensor, Tensor]: # float32 [2, samples] on the CPU; latents, float32 [1, 2 · frames, out_channels]
         "One window."
         weight = self.flow.cond_feature_emb.weight
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            latents = self.flow.latents(codes[None].to(weight.device), noise.to(weight), before, steps, guidance)
-            sides = latents[0].float().unflatten(-1, (2, -1)).permute(1, 2, 0) # left and right, [2, latent_hidden_dim, frames]
-            return self.scalar.decode(sides, self.piece).float().cpu(), latents
+            latents = self.flow.latents(codes[None].to(weight.device), noise.to(weight.device), before, steps, guidance)
+            sides = latents[0].unflatten(-1, (2, -1)).permute(1, 2, 0) # left and right, [2, latent_hidden_dim, frames]
+            return self.scalar.decode(sides, self.piece).cpu(), latents
 
     def decode(self,
         codes, # whole numbers [codebooks, frames]

@@ -21,7 +21,7 @@ def velocity(
     "Where to go. With guidance both questions are asked at once. Source: Ho and Salimans 2022, arXiv 2207.12598."
     told = torch.cat([torch.zeros_like(mu), mu]) if guidance > 1 else mu
     here = torch.cat([x, before], -1).repeat(len(told) // len(x), 1, 1)
-    v = estimator(torch.cat([here, told], -1), torch.full(told.shape[:1], t, device=x.device))
+    v = estimator(torch.cat([here, told], -1).to(mu.dtype), torch.full(told.shape[:1], t, device=x.device)).to(x.dtype)
     if guidance <= 1: return v
     free, led = v.chunk(2)
     return free + guidance * (led - free)
@@ -49,7 +49,7 @@ class Flow(nn.Module):
     @torch.inference_mode()
     def latents(self,
         codes: Tensor, # int64 [batch, codebooks, frames]
-        noise: Tensor, # [batch, 2 · frames, out_channels] from where to start
+        noise: Tensor, # float32 [batch, 2 · frames, out_channels] from where to start: steps are added up exactly, whatever the estimator's precision
         before: Tensor | None = None, # [batch, few, out_channels] the first latent frames, which are known
         steps: int = 10,
         guidance: float = 1.25,
