@@ -13,7 +13,7 @@ from .cli_audiocraft import app as audiocraft_app
 from .commands_data import data_app, features_app
 from .commands_ace_step import ace_step_app
 from .commands_heartmula import heartmula_app
-from .commands_training import FREE, train
+from .commands_training import FREE, plan, train
 from .commands_writing import museformer_app
 from .core import MusiclabError
 
@@ -110,6 +110,7 @@ def tiny(
 
 # %% ../nbs/5_tools/51_cli.ipynb #089cfbd5
 app.command(context_settings=FREE)(train)
+app.command(context_settings=FREE)(plan)
 
 # %% ../nbs/5_tools/51_cli.ipynb #35c9d7d5
 @app.command()

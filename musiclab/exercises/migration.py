@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ace_settings_1', 'heart_settings_1', 'sets_1', 'backend_1', 'simpletuner_1', 'commands_training_1', 'upstream_1',
-           'commands_ace_step_1', 'migration_1']
+           'commands_ace_step_1', 'migration_1', 'plan_1']
 
 # %% ../../nbs/5_tools/53k_checks_migration.ipynb #3e403ec4
 def ace_settings_1(middle) -> None:
@@ -94,3 +94,15 @@ def migration_1(to_simpletuner) -> None:
     assert answer.get("learning_rate") == 5e-5 and answer.get("max_train_steps") == 300, "Each flag goes under FLAGS[name].simpletuner."
     assert "" not in answer, "exp_name has no key there: leave out what has none."
     assert answer.get("mixed_precision") == "bf16" and to_simpletuner({"precision": "32"}) == {"mixed_precision": "no"}, "32 is called no, 16 is fp16."
+
+# %% ../../nbs/5_tools/53k_checks_migration.ipynb #d1d89ec5
+def plan_1(largest_batch) -> None:
+    "Exercise of `5_tools/54c_plan`: the largest batch for a card."
+    from musiclab.musicgen.settings import MusicGenConfig
+    from musiclab.plan import memory
+    config = MusicGenConfig(model="facebook/musicgen-small", data="x", precision="bf16", device="cpu")
+    need = lambda batch: sum(memory(config.model_copy(update={"batch_size": batch})).values())
+    assert largest_batch(config, need(3)) is not None, "The function returns nothing yet: end it with `return …`."
+    assert largest_batch(config, need(3) + 1) == 3, f"Three fit exactly, you have {largest_batch(config, need(3) + 1)}."
+    assert largest_batch(config, need(3) - 1) == 2, f"One byte less, and only two fit; you have {largest_batch(config, need(3) - 1)}."
+    assert largest_batch(config, need(1) - 1) == 0, "When not even one fits, the answer is 0."
