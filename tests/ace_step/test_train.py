@@ -75,6 +75,10 @@ def test_every_way_of_training_learns(work, tiny, songs, tmp_path, changes):
     blocks = run.engine.model.transformer_blocks[0]
     if changes.get("quantize"):
         assert type(blocks.attn.to_q.get_base_layer().weight) is not torch.nn.Parameter and type(run.engine.model.lyric_proj.weight) is torch.nn.Parameter
+    elif changes.get("method") == "full":
+        whole = open_transformer(recipes.export(tmp_path, tmp_path / "whole", "merged"))
+        ours, theirs = run.engine.model.state_dict(), whole.state_dict()
+        assert all(torch.equal(ours[name].bfloat16(), theirs[name].bfloat16()) for name in theirs), "in the numbers of the release"
     elif "precision" in changes: assert blocks.attn.to_q.get_base_layer().weight.dtype == torch.bfloat16
 
 
@@ -212,6 +216,35 @@ def test_a_rollout_changes_the_input_and_without_offset_nothing(work, tiny, song
     (loss, gradients), (same_loss, same_gradients), (other_loss, _) = step(plain), step(idle), step(rolled)
     assert loss == same_loss and equal(gradients, same_gradients) and torch.equal(seen[0], seen[1])
     assert other_loss != loss and not torch.allclose(seen[2], seen[0]) and all((new - old).abs().max() > 1e-3 for new, old in zip(seen[2], seen[0]))
+
+
+def test_activations_computed_twice_give_the_same_gradients(work, tiny, songs):
+    batch, found = batch_of(plain := settings(work, tiny, songs)), []
+    for twice in (False, True):
+        config = plain.model_copy(update={"gradient_checkpointing": twice})
+        engine = Engine(AceStepTask(config), config, torch.device("cpu"))
+        found.append(update(engine, 0, [(batch, AT)]) | {name: p.detach() for name, p in engine.params.items()})
+    assert found[0]["loss"] == found[1]["loss"] and found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-5)
+
+
+def test_two_listeners_are_imitated_when_asked_for(work, tiny, songs, tmp_path, capsys):
+    "Their states are a feature of their own, whose size is said before it is made, and two loss parts."
+    from transformers import HubertConfig, HubertModel
+    places = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, width in (("mert", 12), ("mhubert", 8)):
+            sizes = dict(hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8] * 7, num_conv_pos_embeddings=16)
+            HubertModel(HubertConfig(**sizes, num_conv_pos_embedding_groups=2)).save_pretrained(tmp_path / name)
+            places[name] = str(tmp_path / name)
+    config = settings(work, tiny, songs, output=str(tmp_path / "run"), max_steps=4, lr=0.03, ssl_weight=1.0, store=str(tmp_path / "store"), **places)
+    run = train(config)
+    said = capsys.readouterr().out
+    assert "mert: about" in said and "GB for 4 songs" in said and said.index("mert: about") < said.index("step 0/4")
+    first, last = (record["valid"]["parts"] for record in run.history if "valid" in record)
+    assert set(first) == {"denoise", "mert", "mhubert"} and 0.5 < first["mert"] < 1.5 and last["denoise"] < first["denoise"]
+    valid = next(record["valid"] for record in run.history if "valid" in record)
+    assert valid["loss"] == pytest.approx(first["denoise"] + (first["mert"] + first["mhubert"]) / 2, rel=1e-5)
 
 
 def test_lost_conditions_are_drawn_apart_and_never_in_validation(work, tiny, songs, monkeypatch):
