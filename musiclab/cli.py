@@ -186,7 +186,8 @@ def inspect(
     """
     from musiclab import adapters
     from musiclab.recipes import result_in
-    typer.echo(adapters.inspect(result_in(file)))
+    typer.echo(adapters.inspect(found := result_in(file)))
+    if (beside := adapters.modules_file(found)).is_file(): typer.echo(f"and modules that were trained whole: {beside} ({beside.stat().st_size / 1e6:.2f} MB)")
 
 # %% ../nbs/5_tools/51_cli.ipynb #ab91a6d4
 @app.command()
