@@ -1,0 +1,161 @@
+"""Our frame loop against a plain one with the structure of the original: keys and values kept for every head that asks and for the
+longest song there could be, read whole through a mask; each token fetched from the device. The same random weights, side by side,
+greedy, guidance 1.5, one song; the release's depths and heads at a fraction of its width, and the cache's length reduced with the
+width, so that weights and cache have the release's proportions.
+Run it with nothing else on the machine:  python benchmarks/heartmula_generate.py  (a few minutes, 4 GB of memory)"""
+import argparse
+import time
+from statistics import median
+
+import torch
+from machine import processor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from musiclab.heartmula.checkpoint import RELEASE, Config, Stack, random_weights
+from musiclab.heartmula.frames import FastModel, Writing, write
+from musiclab.heartmula.model import LONGEST, llama, of_release
+from musiclab.heartmula.prompts import Prompt
+from musiclab.sampling import Sampler
+
+
+def shrunk(factor: int) -> Config:
+    "The release with all widths divided."
+    def stack(s): return Stack(s.layers, s.heads, s.kv_heads, s.width // factor, s.mlp // factor)
+    return Config(stack(RELEASE.backbone), stack(RELEASE.decoder), 1024, 8192 // factor + 5, 8, 64)
+
+
+class Plain:
+    "One stack, layer by layer, with a cache as large as it could ever be needed."
+    def __init__(self, weights: dict, part: str, stack: Stack, songs: int, length: int):
+        self.weights = {name.removeprefix(part + "."): weight for name, weight in weights.items() if name.startswith(part + ".")}
+        self.stack, self.length = stack, length
+        frequencies = llama(Stack(1, stack.heads, stack.kv_heads, stack.width, 8)).rotary_emb.inv_freq
+        angles = torch.arange(length)[:, None] * frequencies
+        self.cos, self.sin, self.seen = angles.cos(), angles.sin(), torch.ones(length, length, dtype=torch.bool).tril()
+        self.keys, self.values = ([torch.zeros(songs, stack.heads, length, stack.head_dim) for _ in range(stack.layers)] for _ in range(2))
+
+    def norm(self, x, name):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weights[name]
+
+    def turned(self, x, places):
+        pairs = x.float().unflatten(-1, (-1, 2))
+        cos, sin = self.cos[places][:, None], self.sin[places][:, None]
+        a, b = pairs[..., 0], pairs[..., 1]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+
+    def __call__(self, x, places):
+        s, w = self.stack, self.weights
+        mask = self.seen[places][None, None]
+        for n in range(s.layers):
+            name = f"layers.{n}."
+            h = self.norm(x, name + "sa_norm.scale")
+            q, k, v = (F.linear(h, w[f"{name}attn.{which}_proj.weight"]).unflatten(-1, (-1, s.head_dim)) for which in "qkv")
+            q, k = self.turned(q, places), self.turned(k, places)
+            k, v = (each.unsqueeze(3).expand(-1, -1, -1, s.heads // s.kv_heads, -1).flatten(2, 3).transpose(1, 2) for each in (k, v))
+            self.keys[n][:, :, places], self.values[n][:, :, places] = k, v
+            heard = F.scaled_dot_product_attention(q.transpose(1, 2), self.keys[n], self.values[n], attn_mask=mask)
+            x = x + F.linear(heard.transpose(1, 2).flatten(2), w[f"{name}attn.output_proj.weight"])
+            h = self.norm(x, name + "mlp_norm.scale")
+            x = x + F.linear(F.silu(F.linear(h, w[f"{name}mlp.w1.weight"])) * F.linear(h, w[f"{name}mlp.w3.weight"]), w[f"{name}mlp.w2.weight"])
+        return self.norm(x, "norm.scale")
+
+
+@torch.inference_mode()
+def plain_way(weights: dict, config: Config, prompt: Prompt, frames: int, length: int, guidance: float = 1.5):
+    "Tokens, by the plain loop."
+    books, vocab = config.codebooks, config.audio_vocab
+    backbone, decoder = Plain(weights, "backbone", config.backbone, 2, length), Plain(weights, "decoder", config.decoder, 2, books)
+    text, audio = weights["text_embeddings.weight"], weights["audio_embeddings.weight"]
+    told = text[torch.from_numpy(prompt.ids)].clone()
+    told[prompt.slot] = weights["muq_linear.bias"]
+    x = torch.stack([told, weights["unconditional_text_embedding.weight"].expand_as(told)])
+    place, song = torch.arange(len(told)), []
+
+    def choose(logits):
+        yes, no = logits.float()
+        return torch.tensor([(no + guidance * (yes - no)).argmax().item()] * 2) # one look at the result per token
+
+    for _ in range(frames):
+        thought = backbone(x, place)[:, -1]
+        frame = [choose(F.linear(thought, weights["codebook0_head.weight"]))]
+        for cache in (*decoder.keys, *decoder.values): cache.zero_()
+        rows = torch.stack([thought, audio[frame[0]]], 1)
+        for k in range(1, books):
+            at = torch.arange(2) if k == 1 else torch.tensor([k])
+            last = decoder(F.linear(rows, weights["projection.weight"]), at)[:, -1]
+            frame.append(choose(last @ weights["audio_head"][k - 1]))
+            rows = audio[frame[k] + k * vocab][:, None]
+        song.append([token[0].item() for token in frame])
+        each = [audio[token + k * vocab] for k, token in enumerate(frame)]
+        x, place = torch.stack(each, 1).sum(1)[:, None], place[-1:] + 1
+    return torch.tensor(song)
+
+
+class Counter(TorchDispatchMode):
+    "Counts operators that compute something (views only look at memory in another way)."
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        schema = function._schema
+        aliases = [returned.alias_info for returned in schema.returns]
+        self.count += not any(aliases) or any(alias is not None and alias.is_write for alias in aliases)
+        return function(*args, **(kwargs or {}))
+
+
+def operators(way) -> float:
+    "Operators per frame."
+    with Counter() as few: way(2)
+    with Counter() as more: way(4)
+    return (more.count - few.count) / 2
+
+
+def race(ways: dict, frames: int, rounds: int) -> dict[str, float]: # ms per frame
+    "All ways in turn, several times. What a prompt costs is taken off: the difference of a long and a short song."
+    for way in ways.values(): way(2)
+    times = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way(2)
+            middle = time.perf_counter()
+            way(frames + 2)
+            times[name].append(1000 * (time.perf_counter() - middle - (middle - begin)) / frames)
+    return {name: median(each) for name, each in times.items()}
+
+
+def main(factor: int, frames: int, rounds: int) -> None:
+    config, length = shrunk(factor), LONGEST // factor
+    torch.manual_seed(0)
+    weights = random_weights(config)
+    lm = of_release(weights, config)
+    prompt = Prompt(torch.randint(1, 1000, (60,)).numpy(), 20)
+
+    def our_way(**how):
+        fast = FastModel(lm, **how)
+        return lambda n: write(Writing(fast, [prompt], n, Sampler([0], temperature=0), end=config.audio_vocab))[0]
+
+    ways = {"as the original": lambda n: plain_way(weights, config, prompt, n, length), "musiclab, float32": our_way()}
+    size = sum(weight.numel() for weight in weights.values())
+    print(f"\n28 + 3 layers of width {config.backbone.width}, {size / 1e6:.0f} M weights, a cache of {length} rows in the plain loop")
+    print(f"  greedy tokens equal: {torch.equal(ways['as the original'](frames), ways['musiclab, float32'](frames))}")
+    counts = {name: operators(way) for name, way in ways.items()}
+    ways |= {"musiclab, bfloat16": our_way(dtype=torch.bfloat16), "musiclab, int8": our_way(int8=True)}
+    times = race(ways, frames, rounds)
+    for name, ms in times.items():
+        print(f"  {name:20} {ms:8.1f} ms per frame {1000 / ms:7.2f} frames/s" + (f" {counts[name]:7.0f} operators per frame" if name in counts else ""))
+    ratio = times["as the original"] / times["musiclab, float32"]
+    print(f"  musiclab is {ratio:.2f} times as fast in float32 (goal 3): {'reached' if ratio >= 3 else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--factor", type=int, nargs="+", default=[4], help="divide the release's widths by this: 32, 16, 8 or 4")
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    for factor in options.factor: main(factor, options.frames, options.rounds)
