@@ -1,7 +1,8 @@
 """How long HeartCodec takes for songs of growing length, in how much memory, and when the first sound comes: our decoder against the same modules
 arranged like the reference (weight normalisation computed anew at each use, every window's sound in one go, all kept until the end).
 A random codec with the release's structure in small proportions, on the CPU; each figure comes from a process of its own.
-python benchmarks/heartmula_codec.py  (about 4 minutes; --limit 1 for a trial of seconds)"""
+Times are processor times on one thread, so that a neighbour does not count.
+python benchmarks/heartmula_codec.py  (about 4 minutes; --limit 1 for a trial of one)"""
 import argparse
 import resource
 import subprocess
@@ -22,7 +23,7 @@ from musiclab.heartmula.quantizer import CodecConfig, Quantizer
 from musiclab.heartmula.scalar_codec import ScalarCodec
 
 SIZES = CodecConfig(dim=128, codebook_size=1024, num_attention_heads=4, num_layers=4, num_layers_2=1, init_channel=8)
-STEPS = 4  # of the walk: fewer than the 10 of the release, on both sides
+STEPS = 10  # of the walk
 
 
 def make() -> Codec:
@@ -65,9 +66,9 @@ def decode(way: str, seconds: float) -> None:
     "Print peak memory in MB, seconds, and some samples."
     codec = make()
     if way == "plain": codec = Codec(codec.flow, normalised(codec.scalar))
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     sound = plainly(codec, codes_of(seconds)) if way == "plain" else codec.decode(codes_of(seconds), steps=STEPS).samples
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000, took, *sound[0, ::sound.shape[1] // 50])
 
 
@@ -75,8 +76,8 @@ def first_sound(window: int) -> None:
     "Print how many seconds must have been composed before the first sound, and how long its decoding takes."
     stream, codes = Stream(make(), window, STEPS), codes_of(60)
     for known in range(codes.shape[1]):
-        begin = time.perf_counter()
-        if stream.push(codes[:, known:known + 1]): return print((known + 1) / 12.5, time.perf_counter() - begin)
+        begin = time.process_time()
+        if stream.push(codes[:, known:known + 1]): return print((known + 1) / 12.5, time.process_time() - begin)
 
 
 def encode(channels: int) -> None:
@@ -86,9 +87,9 @@ def encode(channels: int) -> None:
     tokenizer = AudioTokenizer(Encoder(values).eval().requires_grad_(False), Quantizer(CodecConfig.of(TINY["codec"])).requires_grad_(False))
     sound = Audio(np.random.default_rng(0).normal(0, 0.1, (channels, 60 * 24_000)).astype(np.float32), 24_000)
     tokenizer.encode(sound.crop(0, 1))
-    begin = time.perf_counter()
+    begin = time.process_time()
     tokenizer.encode(sound)
-    print(time.perf_counter() - begin)
+    print(time.process_time() - begin)
 
 
 def ask(*arguments) -> list[float]:
@@ -110,6 +111,7 @@ def compare(lengths: list[float]) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("one", nargs="*")
     parser.add_argument("--limit", type=int, default=3, help="how many lengths")
@@ -119,5 +121,5 @@ if __name__ == "__main__":
         if what == "decode": decode(rest[0], float(rest[1]))
         else: {"first": first_sound, "encode": encode}[what](int(rest[0]))
     else:
-        print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-        compare([29.76, 60.0, 120.0][:given.limit])
+        print(f"{processor()}, torch {torch.__version__}, 1 thread")
+        compare([29.76, 55.36, 106.56][:given.limit])
