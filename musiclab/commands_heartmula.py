@@ -37,14 +37,14 @@ def tokenize(
     from musiclab.core import home, pick_device
     from musiclab.heartmula import tokenize as module
     from musiclab.heartmula.checkpoint import PARTS
-    from musiclab.heartmula.codec_files import codec_config, open_tokenizer, partner
+    from musiclab.heartmula.codec_files import codec_config, identity, open_tokenizer, partner
     encoder, chosen = encoder or PARTS["encoder"][0], pick_device(device)
     if out:
         count, problems = module.tokenize_data(where, out, module.Tokens(encoder, codec), store or home()/"features", chosen, sound, to)
         text = f"wrote {count} tracks with tokens to {out}"
     else:
         module.look_for_songs(where) # before a model is loaded, or downloaded
-        text = module.tokenize_folder(where, open_tokenizer(encoder, codec, chosen), codec_config(partner(encoder, codec)), again)
+        text = module.tokenize_folder(where, open_tokenizer(encoder, codec, chosen), codec_config(partner(encoder, codec)), again, identity(encoder, codec))
         problems = text.problems
     for problem in problems: typer.echo(f"left out {problem}", err=True)
     typer.echo(text)

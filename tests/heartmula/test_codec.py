@@ -178,7 +178,9 @@ def test_a_changed_song_and_broken_tokens_are_made_again(songs, tokenizer, codec
     os.utime(songs / "a.wav", (later, later))
     made[1].write_bytes(made[1].read_bytes()[:50])
     np.save(made[2], np.full((26, 8), 99))
-    assert [path.name[0] for path in tokenize.tokenize_folder(songs, tokenizer, codec.config).made] == ["a", "b", "c"]
+    assert [path.name[0] for path in tokenize.tokenize_folder(songs, tokenizer, codec.config, maker="m" * 16).made] == ["a", "b", "c"]
+    assert tokenize.maker_of(made[0]) == "m" * 16 and np.load(made[0]).shape == (26, 8)
+    assert [path.name[0] for path in tokenize.tokenize_folder(songs, tokenizer, codec.config, maker="n" * 16).made] == ["a", "b", "c"]
     assert len(tokenize.tokenize_folder(songs, tokenizer, codec.config, again=True).made) == 4
 
 
