@@ -1,13 +1,22 @@
-"""The best that counting can do: an interpolated Kneser-Ney n-gram over the tokens of songs, as a baseline for models.
+"""The best that counting can do: an interpolated Kneser-Ney n-gram over the tokens of songs, beside a trained HID-MuseFormer.
+Both learn from the same songs and are judged by the same tokens.
 
-    python benchmarks/kneser_ney.py TOKENS --order 5        # a folder that `musiclab museformer preprocess` wrote
+    musiclab train museformer_small data=my_midi_files output=run
+    python benchmarks/kneser_ney.py run
 
 In a program: `KneserNey(5).fit(train)`, then `losses(ids)` gives the surprise at every token after the first [nats].
 Kneser and Ney 1995; the formulas as in Chen and Goodman 1999, with one discount for each order.
 """
 import argparse
+import json
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn import functional as F
+
+from musiclab.museformer.flex import plan_attention
+from musiclab.museformer.vocabulary import is_kind
 
 VOCABULARY = 415
 
@@ -57,21 +66,46 @@ class KneserNey:
 
 
 def main():
+    from musiclab import recipes
+    from musiclab.batches import Row
+    from musiclab.checkpoints import Checkpoints
+    from musiclab.features import prepare
+    from musiclab.museformer.data import transpose
     from musiclab.museformer.metrics import nats_per_note
-    from musiclab.museformer.preprocess import read_tokens
+    from musiclab.museformer.train import MuseFormerConfig, MuseFormerTask, open_model
+    from musiclab.train import store_of
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", help="a folder of tokens")
+    parser.add_argument("run", type=Path, help="the output folder of a training")
     parser.add_argument("--order", type=int, default=5)
-    parser.add_argument("--valid", type=int, default=10, help="every n-th song validates")
     options = parser.parse_args()
-    songs = [track.source.array() for track in read_tokens(options.tokens)]
-    train = [ids for i, ids in enumerate(songs) if i % options.valid]
-    valid = songs[::options.valid]
-    for order in range(1, options.order + 1):
-        model = KneserNey(order).fit(train)
-        losses = [model.losses(ids) for ids in valid]
-        print(f"{order}-gram: {np.concatenate(losses).mean():.3f} nats a token, "
-              f"{nats_per_note(np.concatenate(losses), np.concatenate([ids[1:] for ids in valid])):.3f} nats a note")
+    config = MuseFormerConfig(**json.loads((Checkpoints(options.run / "checkpoints").newest() / "state.json").read_text())["config"])
+    task, (train, valid) = MuseFormerTask(config), recipes.read_data(config)
+    prepared = prepare(task.features, train + valid, store_of(config), torch.device("cpu"))
+    songs = [prepared.rows(track)["tokens"][0]["ids"].astype(np.int64) for track in train]
+    draws = [Row(0, -1).draw(config.seed, track.key) for track in valid]  # as in the training's own validation
+    held_out = [task.example(track, prepared.rows(track), draw) for track, draw in zip(valid, draws)]
+    ids = [each["ids"].numpy() for each in held_out]
+    after = np.concatenate([each[1:] for each in ids])
+    print(f"{len(songs)} songs with {sum(map(len, songs)):,} tokens to learn from; {len(ids)} stretches to judge by, "
+          f"with {len(after):,} tokens and {int(is_kind(after, 'PITCH', 'DRUM').sum()):,} notes")
+    found = {}
+
+    def judge(name, losses):
+        found[name] = nats_per_note(losses, after)
+        print(f"{name}: {losses.mean():.3f} nats a token, {found[name]:.3f} nats a note", flush=True)
+    for keys in (0, config.transpose):  # as they are, and in all keys that the model may have met
+        copies = [transpose(song, steps) for song in songs for steps in range(-keys, keys + 1)]
+        for order in range(1, options.order + 1):
+            counts = KneserNey(order).fit(copies)
+            judge(f"{order}-gram" + f", each song in {2 * keys + 1} keys" * bool(keys), np.concatenate([counts.losses(each) for each in ids]))
+    five, best = found[f"{options.order}-gram"], min(found.values())
+    model = open_model(options.run)
+    with torch.inference_mode():
+        scores = [model(each["ids"], each["at"], plan_attention(each["at"], model.fine, "cpu", "auto")) for each in held_out]
+        losses = [F.cross_entropy(score[:-1], each["ids"][1:], reduction="none").numpy() for score, each in zip(scores, held_out)]
+    judge("HID-MuseFormer", np.concatenate(losses))
+    nats = found["HID-MuseFormer"]
+    print(f"{1 - nats / five:.1%} below the {options.order}-gram, {1 - nats / best:.1%} below the best of them")
 
 
 if __name__ == "__main__": main()
