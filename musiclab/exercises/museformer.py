@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['vocabulary_1', 'grid_1', 'chords_1', 'encoding_1', 'tokenizer_1', 'grammar_1', 'preprocess_1', 'commands_1',
            'metrics_1', 'layout_1', 'attention_1', 'flex_1', 'model_1', 'data_1', 'train_1', 'cache_1', 'generate_1',
-           'infill_1', 'writing_1']
+           'infill_1', 'judge_1', 'writing_1']
 
 # %% ../../nbs/5_tools/53g_checks_museformer.ipynb #48d08a90
 def vocabulary_1(tempo_tokens) -> None:
@@ -226,6 +226,18 @@ def infill_1(rests) -> None:
     assert list(answer) != [2, 4], "Bars are counted from 0."
     assert list(answer) == [1, 3], f"The bass plays in bars 0 and 2 of 4, so it rests in 1 and 3; you have {list(answer)}."
     assert list(rests(piece, 512)) == [0, 2, 3], "The drums (512) play in bar 1 only."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #4f60011e
+def judge_1(chance) -> None:
+    "Exercise of `4_museformer/49a_judge`: how often chance reaches a distance."
+    import math
+    import numpy as np
+    a, b, deals = np.array([1.0, 2.0]), np.array([3.0, 4.0]), [[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]]
+    answer = chance(a, b, deals)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    assert not math.isclose(answer, 2 / 3), "Two of three deals reach it; the true deal counts as one more, above and below."
+    assert not math.isclose(answer, 2 / 4), "The third deal swaps the sides and lies as far apart: take the distance without its sign."
+    assert math.isclose(answer, 3 / 4), f"Two of three deals reach the distance 2, so (1 + 2) / (1 + 3) = 0.75; you have {answer}."
 
 # %% ../../nbs/5_tools/53g_checks_museformer.ipynb #e565bc96
 def writing_1(album) -> None:

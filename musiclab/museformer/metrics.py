@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'nats_per_note', 'pitch_classes', 'entropy', 'scale_consistency', 'onset_table', 'groove_consistency',
-           'similarity_curve', 'curve_distance', 'melody_steps', 'longest_copy', 'Figures', 'measure']
+           'similarity_curve', 'curve_distance', 'melody_steps', 'longest_copy', 'Corpus', 'Figures', 'measure']
 
 # %% ../../nbs/4_museformer/43b_metrics.ipynb #b7c90dbc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,12 +115,49 @@ def longest_copy(
     most: int = 256, # notes; longer rows count as this
 ) -> int: # notes of the longest row in both; 0 when not even two notes are
     "How many notes on end are the same, in any key."
-    low, high = 0, min(most - 1, max(map(len, piece), default=0))
+    return _longest(lambda steps: np.isin(_rows(piece, steps), _rows(corpus, steps)).any(), most)
+
+def _longest(shared: Callable[[int], bool], most: int) -> int: # notes
+    low, high = 0, most - 1
     while low < high: # a row of n steps in both: there are shorter ones as well
         middle = (low + high + 1) // 2
-        if np.isin(_rows(piece, middle), _rows(corpus, middle)).any(): low = middle
+        if shared(middle): low = middle
         else: high = middle - 1
     return low + 1 if low else 0
+
+# %% ../../nbs/4_museformer/43b_metrics.ipynb #c2575869
+class Corpus:
+    "Music to compare with."
+    def __init__(self,
+        grids: Sequence[Grid], # its songs
+    ):
+        curves = np.array([similarity_curve(grid) for grid in grids])
+        known = np.isfinite(curves)
+        self.curve = np.where(known.any(0), np.where(known, curves, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan) # the mean where there is one
+        self.steps, self.sorted = [melody_steps(grid) for grid in grids], {} # steps -> hashes of all rows of so many, in order, and their songs
+
+    def rows(self, steps: int) -> tuple[np.ndarray, np.ndarray]: # hashes in order; the song of each
+        "All rows of so many steps."
+        if steps not in self.sorted:
+            found = [_rows(song, steps) for song in self.steps]
+            hashes, songs = np.concatenate(found), np.repeat(np.arange(len(found)), [len(each) for each in found])
+            order = np.argsort(hashes, kind="stable")
+            self.sorted[steps] = hashes[order], songs[order]
+        return self.sorted[steps]
+
+    def find(self,
+        piece: Sequence[np.ndarray], # as from `melody_steps`
+        without: int | None = None, # a song that does not count
+        most: int = 256, # notes; longer rows count as this
+    ) -> tuple[int, int | None]: # notes of the longest row that is also here; in which song
+        "Where a piece may be copied from."
+        def owners(steps): # songs that share a row of so many steps
+            (hashes, songs), mine = self.rows(steps), np.unique(_rows(piece, steps))
+            first, last = np.searchsorted(hashes, mine), np.searchsorted(hashes, mine, "right")
+            found = np.unique(np.concatenate([songs[a:b] for a, b in zip(first, last) if b > a] or [songs[:0]]))
+            return found[found != (-1 if without is None else without)]
+        notes = _longest(lambda steps: len(owners(steps)) > 0, most)
+        return notes, int(owners(notes - 1)[0]) if notes else None
 
 # %% ../../nbs/4_museformer/43b_metrics.ipynb #932c822f
 @dataclass(frozen=True)
@@ -134,19 +171,20 @@ class Figures:
     groove: float # likeness of neighbouring bars' rhythms
     form: float # distance of its similarity curve to the corpus; nan without one
     copied: float # longest common row of notes, as a share of its longest part; nan without a corpus
+    copied_notes: int = 0 # notes of that row
+    copied_from: int | None = None # the corpus' song that has it
 
 def measure(
     song: Song | Grid,
-    corpus: Sequence[Grid] = (), # the music to compare with
+    corpus: Corpus | None = None, # the music to compare with
+    without: int | None = None, # a song of it that does not count: the piece itself
 ) -> Figures:
     "The figures of a piece."
     grid = song if isinstance(song, Grid) or hasattr(song, "hits") else to_grid(song)
     counts, steps = pitch_classes(grid), melody_steps(grid)
-    form = copied = float("nan")
+    form, copied, (row, where) = float("nan"), float("nan"), (0, None)
     if corpus:
-        curves = np.array([similarity_curve(other) for other in corpus])
-        known = np.isfinite(curves)
-        form = curve_distance(similarity_curve(grid), np.where(known.any(0), np.where(known, curves, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan))
-        copied = longest_copy(steps, [each for other in corpus for each in melody_steps(other)]) / max((len(each) + 1 for each in steps), default=1)
+        form, (row, where) = curve_distance(similarity_curve(grid), corpus.curve), corpus.find(steps, without)
+        copied = row / max((len(each) + 1 for each in steps), default=1)
     empty = 1 - len(np.unique(grid.hits["bar"])) / max(1, len(grid.bars))
-    return Figures(len(grid.bars), len(grid.hits), empty, entropy(counts), scale_consistency(counts), groove_consistency(grid), form, copied)
+    return Figures(len(grid.bars), len(grid.hits), empty, entropy(counts), scale_consistency(counts), groove_consistency(grid), form, copied, row, where)
