@@ -162,17 +162,18 @@ def evaluate(
     before: Annotated[Optional[Path], typer.Option(help="What the base model made of the same prompts and seeds, under the same names.")] = None,
     train: Annotated[Optional[Path], typer.Option(help="The songs that were trained on, to find copies of them.")] = None,
     embedder: Annotated[str, typer.Option(help="Who listens: logmel (needs nothing), encodec (with --model) or clap.")] = "logmel",
-    model: Annotated[Optional[str], typer.Option(help="For encodec a MusicGen model, for clap a CLAP model: a folder or hub name.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="For encodec a MusicGen model, for clap a CLAP model: a folder or hub name. For MIDI a HID-MuseFormer, whose nats per note are told.")] = None,
     seconds: Annotated[float, typer.Option(min=3, help="The middle of each clip, at most.")] = 30.0,
     out: Annotated[Path, typer.Option(help="The report; measurements are kept beside it as .npz.")] = Path("report.html"),
 ):
-    """Compare generated with real music: figures, distances with their noise floor, before and after, copies, players, in one HTML file.
+    """Compare generated with real music: figures, distances with their noise floor, before and after, copies, players, in one HTML file. Folders of MIDI files are compared by their notes.
 
-    Example: `musiclab evaluate my_songs output/samples/step-00000400 --train my_songs/train --out report.html`
+    Examples:
+    `musiclab evaluate my_songs output/samples/step-00000400 --train my_songs/train --out report.html`
+    `musiclab evaluate my_midi_files pieces --model output --out report.html`
     """
-    from musiclab.recipes import listener
-    from musiclab.report import report
-    typer.echo(report(reference, generated, out, before=before, train=train, see=listener(embedder, model), seconds=seconds, memory=out.with_suffix(".npz")))
+    from musiclab import report_notes
+    typer.echo(report_notes.evaluate(reference, generated, out, before, train, embedder, model, seconds))
     typer.echo(f"open {out}")
 
 # %% ../nbs/5_tools/51_cli.ipynb #1db42cf3

@@ -1,4 +1,7 @@
 "Tokens: the exact vocabulary, round trips over real music, the grammar against the tokenizer, and what no input may break."
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -172,3 +175,15 @@ def test_files_and_texts(tmp_path, music):
     assert tokenizer.encode_with_info(text)[0] == tokenizer.encode_with_info(tmp_path/"a.txt")[0] == tokenizer.encode_with_info(raw)[0] == ids
     again = midi_to_txt(txt_to_midi(tmp_path/"a.txt", tmp_path/"b.mid"), tmp_path/"b.txt").read_text()
     assert again == text and read(tmp_path/"b.mid").ppq == 480
+
+
+def test_counting_gives_chances():
+    "The benchmark's n-gram: all that may follow adds up to one, and what was seen often costs little."
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try: from kneser_ney import VOCABULARY, KneserNey
+    finally: sys.path.pop(0)
+    model = KneserNey(3).fit([[1, 3, 55, 192, 361, 4, 3, 55, 192, 361, 4, 2]] * 3 + [[1, 3, 4, 2]])
+    for context in ([55, 192], [7, 7], [3, 55]):
+        grams = np.array([[*context, token] for token in range(VOCABULARY)])
+        assert abs(model.probabilities(grams).sum() - 1) < 1e-9
+    assert model.losses([3, 55, 192])[-1] < 0.5 < 3 < model.losses([3, 55, 200])[-1]
