@@ -15,7 +15,7 @@ from ..core import MusiclabError, Problem, progress
 from ..distances import p_value, shuffled
 from ..midi import Song
 from .grid import Grid, to_grid, to_song
-from .metrics import Corpus, Figures, measure, nats_per_note, similarity_curve
+from .metrics import Corpus, Figures, measure, nats_per_note
 from .model import HIDMuseFormer
 from .tokenizer import HIDTokenizerV2
 
