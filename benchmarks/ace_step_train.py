@@ -3,8 +3,9 @@ of features, with a bf16 base, with compiled blocks: each alone, then together. 
 so that its peak of memory is its own.
 Run it with nothing else on the machine:  python benchmarks/ace_step_train.py  (about ten minutes)"""
 import argparse
+import ctypes
+import gc
 import platform
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -134,34 +135,52 @@ def enough_layers(size: str, seconds: float) -> tuple[int, float]:
     return layers, encoders / (encoders + step)
 
 
-def measure(way: Way, size: str, seconds: float, layers: int, made: dict | None, steps: int, threads: int, pipe) -> None:
+def memory() -> float:
+    "The most memory since the last call, in GB."
+    with open("/proc/self/status", encoding="utf-8") as status:
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as reset: reset.write("5")
+    return peak * 1024 / 1e9
+
+
+def work(way: Way, size: str, seconds: float, layers: int, made: dict | None, threads: int, pipe) -> None:
+    "Make the steps that are asked for, and say what each took."
     torch.set_num_threads(threads)
-    trainer, found, times = Trainer(way, size, seconds, layers, made), [], []
-    for number in range(steps + 2):
-        begin = time.perf_counter()
-        found.append(trainer.step(number))
-        times.append(time.perf_counter() - begin)
-    pipe.send((median(times[2:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, found, times[0]))
+    trainer = Trainer(way, size, seconds, layers, made)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    memory()
+    for number in iter(pipe.recv, None):
+        began, used = time.perf_counter(), time.process_time()
+        loss = trainer.step(number)
+        pipe.send((time.perf_counter() - began, time.process_time() - used, memory(), loss))
 
 
-def main(size: str, seconds: float, steps: int, threads: int, ways: int) -> None:
-    (layers, share), spawn, results = enough_layers(size, seconds), get_context("spawn"), {}
+def main(size: str, seconds: float, steps: int, threads: int) -> None:
+    "All ways in turn, step by step: whatever else slows the machine down meets all of them."
+    (layers, share), spawn, pipes = enough_layers(size, seconds), get_context("spawn"), {}
     print(f"{processor()}, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}, {date.today()}")
-    print(f"{size} shape, {seconds:g} s in each step, LoRA r=16; the encoders make {share:.0%} of the operations (the release at 240 s: {SHARE:.0%})")
+    print(f"{size} shape, {seconds:g} s in each step, LoRA r=16; of the operations the encoders make {share:.0%} (release, 240 s: {SHARE:.0%})", flush=True)
     stored = encode(make_encoders(Config.of(shape(size)), layers), seconds)
-    for way in WAYS[:ways]:
-        here, there = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=measure, args=(way, size, seconds, layers, stored if way.store else None, steps, threads, there))
-        process.start()
-        while not here.poll(1):
-            if not process.is_alive() and not here.poll(): raise SystemExit(f"{way.name}: the process ended with {process.exitcode}")
-        results[way] = here.recv()
-        process.join()
-    first, *_ = results.values()
-    for way, (second, memory, found, start) in results.items():
-        apart = max(abs(a - b) / b for a, b in zip(found, first[2]))
+    for way in WAYS:
+        pipes[way], theirs = spawn.Pipe()
+        made = stored if way.store else None
+        spawn.Process(target=work, args=(way, size, seconds, layers, made, threads, theirs), daemon=True).start()
+        theirs.close()
+    for way in WAYS: [pipes[way].send(number) for number in range(2)]  # the first steps compile
+    found = {way: [pipes[way].recv() for _ in range(2)] for way in WAYS}
+    for number in range(2, steps + 2):
+        for way in WAYS:
+            pipes[way].send(number)
+            found[way].append(pipes[way].recv())
+    first = found[WAYS[0]]
+    for way, rows in found.items():
+        apart = max(abs(row[3] - other[3]) / other[3] for row, other in zip(rows, first))
         assert apart < (0.02 if way.bf16 else 1e-4), f"{way.name}: losses differ by {apart:.1e}"
-        print(f"{way.name:30} {1 / second:7.3f} steps/s  {first[0] / second:5.2f}x  {memory:6.2f} GB  losses apart by {apart:.0e}  first step {start:.0f} s")
+        wall, used, most = median(row[0] for row in rows[2:]), median(row[1] for row in rows[2:]), max(row[2] for row in rows[2:])
+        ratio = median(row[1] for row in first[2:]) / used
+        took = f"{1 / wall:7.3f} steps/s {used:8.2f} s of processor time {ratio:6.2f}x"
+        print(f"{way.name:30} {took} {most:6.2f} GB  losses apart by {apart:.0e}")
 
 
 if __name__ == "__main__":
@@ -170,7 +189,6 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", type=int, default=len(WAYS), help="only the first so many")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         import os
