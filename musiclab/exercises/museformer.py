@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['vocabulary_1', 'grid_1', 'chords_1', 'encoding_1', 'tokenizer_1', 'grammar_1', 'preprocess_1', 'commands_1',
            'metrics_1', 'layout_1', 'attention_1', 'flex_1', 'model_1', 'data_1', 'train_1', 'cache_1', 'generate_1',
-           'infill_1', 'judge_1', 'writing_1']
+           'infill_1', 'insight_1', 'judge_1', 'writing_1']
 
 # %% ../../nbs/5_tools/53g_checks_museformer.ipynb #48d08a90
 def vocabulary_1(tempo_tokens) -> None:
@@ -226,6 +226,20 @@ def infill_1(rests) -> None:
     assert list(answer) != [2, 4], "Bars are counted from 0."
     assert list(answer) == [1, 3], f"The bass plays in bars 0 and 2 of 4, so it rests in 1 and 3; you have {list(answer)}."
     assert list(rests(piece, 512)) == [0, 2, 3], "The drums (512) play in bar 1 only."
+
+# %% ../../nbs/5_tools/53g_checks_museformer.ipynb #3834601d
+def insight_1(reach) -> None:
+    "Exercise of `4_museformer/49_insight`: the mean distance of attention."
+    import numpy as np
+    seen = np.zeros((2, 3, 3))
+    seen[0, 0, 0], seen[0, 1, 1], seen[1, 1, 0], seen[0, 2, 2], seen[1, 2, 0] = 1, 0.5, 0.5, 0.25, 0.75
+    answer = reach(seen)
+    assert answer is not None, "The function returns nothing yet: end it with `return …`."
+    answer = np.asarray(answer)
+    assert answer.shape == (3,), f"One number for each of three bars; you have an array of shape {answer.shape}."
+    assert np.isclose(answer[0], 0), "The first bar can only look at itself: distance 0."
+    assert np.isclose(answer[1], 0.5), f"Bar 1 looks at itself and at the bar before in equal parts: 0.5; you have {answer[1]:.2f}. Do the summaries count?"
+    assert np.isclose(answer[2], 1.5), f"Bar 2 gives three quarters to a bar two back: 1.5; you have {answer[2]:.2f}."
 
 # %% ../../nbs/5_tools/53g_checks_museformer.ipynb #4f60011e
 def judge_1(chance) -> None:
