@@ -167,9 +167,8 @@ def main(size: str, seconds: float, steps: int, threads: int) -> None:
         made = stored if way.store else None
         spawn.Process(target=work, args=(way, size, seconds, layers, made, threads, theirs), daemon=True).start()
         theirs.close()
-    for way in WAYS: [pipes[way].send(number) for number in range(2)]  # the first steps compile
-    found = {way: [pipes[way].recv() for _ in range(2)] for way in WAYS}
-    for number in range(2, steps + 2):
+    found = {way: [] for way in WAYS}
+    for number in range(steps + 2):  # the first two compile
         for way in WAYS:
             pipes[way].send(number)
             found[way].append(pipes[way].recv())
