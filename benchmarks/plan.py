@@ -80,9 +80,8 @@ def rows_of(name: str, task, length: float) -> dict:
 
 
 def heart_rows(task, length, chance):
-    books, card = task.sizes.codebooks, task.sizes.card
-    return {"prompt": [{"tags": np.arange(1, 20), "lyrics": np.arange(1, 100)}], "codes": [{"tokens": chance.integers(0, card, (books,
-        int(length * 12.5))).astype(np.int16)}], "tokens": []}
+    codes = chance.integers(0, task.sizes.card, (task.sizes.codebooks, int(length * 12.5))).astype(np.int16)
+    return {"prompt": [{"ids": np.arange(1, 200) % 100, "slot": np.array([20])}], "codes": [{"tokens": codes}], "tokens": []}
 
 
 def child(name: str, told: dict) -> None:

@@ -80,7 +80,9 @@ def heartmula_skeleton(config: TrainConfig) -> Skeleton:
     if folder is None and not config.model.startswith("HeartMuLa/HeartMuLa-oss-3B"): raise unknown(config)
     sizes = read_config(folder) if folder else RELEASE
     with torch.device("meta"): model = HeartMuLa(sizes)
-    return Skeleton(model, config.crop_seconds * 12.5 + 200, portion=12 * PORTION * (sizes.codebooks - 1) * sizes.audio_vocab, disk=12.5 * 2 * sizes.codebooks, words=400)
+    frames = min(PORTION, config.batch_size * config.crop_seconds * 12.5 * config.decoder_frames) # of a portion, with all that the local decoder keeps of it
+    portion = frames * (sizes.codebooks * inside(model.decoder, 4) + 12 * (sizes.codebooks - 1) * sizes.audio_vocab)
+    return Skeleton(model, config.crop_seconds * 12.5 + 200, portion=portion, disk=12.5 * 2 * sizes.codebooks, words=400)
 
 SKELETONS: dict[str, Callable[[TrainConfig], Skeleton]] = {
     "musicgen": musicgen_skeleton, "ace_step": ace_step_skeleton, "heartmula": heartmula_skeleton, "museformer": museformer_skeleton}
@@ -122,7 +124,8 @@ def inside(
     for module in block.modules():
         if isinstance(module, nn.Linear): kept += size * (module.in_features + module.out_features)
         elif isinstance(module, nn.Conv1d): kept += size * (module.in_channels + module.out_channels)
-        elif "Norm" in type(module).__name__: kept += 4 * max((p.numel() for p in module.parameters(recurse=False)), default=0)
+        elif "Norm" in (kind := type(module).__name__): # written out in several operations, an RMSNorm keeps three times as much
+            kept += (12 if "RMS" in kind else 4) * max((p.numel() for p in module.parameters(recurse=False)), default=0)
     return kept
 
 def activations(

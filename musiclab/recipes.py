@@ -91,8 +91,8 @@ def load_config(
 ): # the family's settings
     "Read a configuration, ours or SimpleTuner's; the model family decides which settings there are."
     from musiclab import config, simpletuner
-    if simpletuner.is_one(name): return simpletuner.load(name, overrides).config
-    path = find_config(name)
+    path = name if simpletuner.is_one(name) else find_config(name)
+    if simpletuner.is_one(path): return simpletuner.load(path, overrides).config
     named = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
     task = named[-1] if named else config.read_file(path).get("task")
     if not task: raise MusiclabError("does not say which model family it is for", path, f"Add a line such as: task: {next(iter(FAMILIES))}")

@@ -76,6 +76,7 @@ def value_of(
     key: str, # a key of SimpleTuner
     value: Any, # as it is meant
     where: object, # for the error
+    family: str = "ace_step",
 ) -> Any: # as the setting wants it
     "Translate a value."
     if key in CHOICES:
@@ -88,6 +89,7 @@ def value_of(
     if key == "peft_lora_target_modules":
         names = json.loads(value) if isinstance(value, str) else value
         return rf"(.*\.)?({'|'.join(map(re.escape, names))})"
+    if key == "output_dir": return value.replace("{model_family}", family)
     if key == "report_to": return {"none": [], "all": ["tensorboard", "wandb"]}.get(value, value)
     if key == "resume_from_checkpoint": return value or "none"
     if key == "seed": return max(0, int(value)) # 0 and -1 stand for chance there; a run whose seed nobody knows cannot be resumed
@@ -211,7 +213,7 @@ def translate(
     family = values["model_family"]
     refuse(values, where)
     given = translate_backends(read_json(file := find_backends(values.get("data_backend_config"), where)), family, file, at, for_backends(values))
-    told = {WORDS[key]: value_of(key, value, where) for key, value in values.items() if key in WORDS} | sentences(values, family)
+    told = {WORDS[key]: value_of(key, value, where, family) for key, value in values.items() if key in WORDS} | sentences(values, family)
     ignored += [key for key in values if key in WORDS and WORDS[key] not in cls.model_fields and WORDS[key] not in ("text_dropout",)]
     chosen = DEFAULTS[family] | {"output": f"output/{where.absolute().parent.name}"} | settings_of(given) | {name: value for name, value in told.items() if name in cls.model_fields}
     chosen |= {"data": [one.data for one in given if one.data]}

@@ -296,3 +296,20 @@ def test_simpletuners_files_train_and_the_lyrics_embedder_comes_back(here, songs
     assert load_file(output / "checkpoints/step-00000003/trained.safetensors").keys() == saved.keys()
     status, text = run(*train, "--max_train_steps=1", "output=third", "--init_lora=nothing/fits.safetensors")
     assert status == 1 and "fits.safetensors" in text
+
+
+def test_heartmulas_files_train_on_tokens_beside_the_songs(here, songs):
+    import numpy as np
+
+    from musiclab.heartmula.checkpoint import tiny_checkpoint
+    tiny_checkpoint(here / "tiny")
+    shutil.copytree(songs, here / "datasets/my_audio_files")
+    for number, song in enumerate((here / "datasets/my_audio_files").glob("*.flac")):
+        np.save(song.with_suffix(".tokens.npy"), np.random.default_rng(number).integers(0, 64, (40, 8)))
+    shutil.copytree(PLAN / "heartmula-training-demo", here / "config/heartmula-training-demo")
+    shutil.copy(PLAN / "heartmula-training-demo/multidatabackend.local.json", here / "config/heartmula-training-demo/multidatabackend.json")
+    status, text = run("train", "env=heartmula-training-demo", "model=tiny", "--max_train_steps=2", "--base_model_precision=no_change",
+        "--mixed_precision=no", "workers=0",
+                       "device=cpu", "store=store")
+    assert status == 0 and "done: 2 steps" in text, text
+    assert (here / "output/heartmula-training-demo/adapter").is_dir()

@@ -95,7 +95,7 @@ def migration_1(to_simpletuner) -> None:
     assert "" not in answer, "exp_name has no key there: leave out what has none."
     assert answer.get("mixed_precision") == "bf16" and to_simpletuner({"precision": "32"}) == {"mixed_precision": "no"}, "32 is called no, 16 is fp16."
 
-# %% ../../nbs/5_tools/53k_checks_migration.ipynb #d1d89ec5
+# %% ../../nbs/5_tools/53k_checks_migration.ipynb #9f4c89c7
 def plan_1(largest_batch) -> None:
     "Exercise of `5_tools/54c_plan`: the largest batch for a card."
     from musiclab.musicgen.settings import MusicGenConfig
