@@ -172,6 +172,7 @@ def main(size: str, seconds: float, steps: int, threads: int) -> None:
         for way in WAYS:
             pipes[way].send(number)
             found[way].append(pipes[way].recv())
+    for pipe in pipes.values(): pipe.send(None)
     first = found[WAYS[0]]
     for way, rows in found.items():
         apart = max(abs(row[3] - other[3]) / other[3] for row, other in zip(rows, first))
