@@ -125,7 +125,7 @@ def run(
     quick: bool = False, # fewer songs and steps, for a test
 ) -> Path: # the report
     "Walk the whole path and write `report.html`."
-    out, count, seconds, steps = Path(out), *((6, 5, 6) if quick else (12, 16, 60))
+    out, count, seconds, steps = Path(out), *((6, 4, 4) if quick else (12, 16, 60))
     folder, prompts = out/"songs", ["808 hip hop, dark", "piano ballad, calm"]
     (out/"songs").mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -135,7 +135,7 @@ def run(
     trained = train_part(folder, out, steps, prompts)
     blocks += training_blocks(trained, folder, prompts) + listening_blocks(trained, prompts, 4 if quick else 8)
     blocks += judging_blocks(trained, train, held_out, 3 if quick else 6)
-    blocks += composer_part(out, *((4, 2, 1) if quick else (24, 60, 8)))
+    blocks += composer_part(out, *((3, 1, 1) if quick else (24, 60, 8)))
     blocks += ["## 7 · Your turn", "musiclab train musicgen_lora data=my_songs model=facebook/musicgen-small output=my_run",
                "musiclab generate --model facebook/musicgen-small --adapter my_run --prompt \"your style\" --out mine.wav",
                f"Made by musiclab {__version__} in {time.perf_counter() - start:.0f} s on {platform.machine()}, Python {platform.python_version()}."]
