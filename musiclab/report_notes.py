@@ -11,25 +11,17 @@ from .audio import AUDIO_SUFFIXES
 from .core import MusiclabError
 from .museformer.judge import LABELS, Judgement, judge
 from .museformer.train import open_model
+from .report import draw_dots
 from .tracks import MIDI_SUFFIXES
 
 # %% ../nbs/5_tools/50g_report_notes.ipynb #d6006133
 def draw_values(
     found: Judgement,
 ) -> show.Picture:
-    "Every figure of every piece, one dot each; a bar at the median, a star where the difference is more than chance."
-    figure, panels = show.axes(height=4.2, nrows=2, ncols=4, sharey=True)
-    for ax, (name, label) in zip(panels.flat, LABELS.items()):
-        for row, (pieces, color) in enumerate(((found.generated, show.COLORS[1]), (found.reference, show.COLORS[0]))):
-            values = np.array([piece.values[name] for piece in pieces])
-            values = values[np.isfinite(values)]
-            height = row + np.random.default_rng(0).uniform(-0.25, 0.25, len(values)) # so that dots do not hide each other
-            ax.plot(values, height, "o", color=color, alpha=0.45, markersize=4, markeredgewidth=0)
-            if len(values): ax.plot([np.median(values)] * 2, [row - 0.35, row + 0.35], color=color, linewidth=2.5)
-        ax.set(xlabel=label + " ★" * (name in found.different), yticks=[0, 1], yticklabels=["generated", "real"], ylim=(-0.6, 1.6))
-        ax.locator_params(axis="x", nbins=3)
-    for ax in panels.flat[len(LABELS):]: ax.set_visible(False)
-    return show.Picture(figure, "figures of the pieces, real and generated")
+    "Every figure of every piece; a star where the difference is more than chance."
+    def numbers(pieces, name): return np.array([piece.values[name] for piece in pieces if np.isfinite(piece.values[name])])
+    return draw_dots({label + " ★" * (name in found.different): (numbers(found.generated, name), numbers(found.reference, name)) for name, label in LABELS.items()},
+                     "real", "figures of the pieces, real and generated")
 
 def draw_form(
     found: Judgement,
