@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MusiclabError', 'Stopped', 'Problem', 'Finding', 'home', 'ready_files', 'mask_broken', 'prepare_imports', 'setup',
-           'pick_device', 'pick_dtype', 'sync', 'atomic_file', 'atomic_write', 'atomic_folder', 'sha256', 'fingerprint',
-           'seed_from', 'Draw', 'progress', 'fetch']
+           'pick_device', 'pick_dtype', 'free', 'sync', 'atomic_file', 'atomic_write', 'atomic_folder', 'sha256',
+           'fingerprint', 'seed_from', 'Draw', 'progress', 'fetch']
 
 # %% ../nbs/0_shared/00_core.ipynb #d9bec526
 import hashlib, importlib, importlib.resources, importlib.util, json, logging, os, shutil, sys, tempfile, warnings
@@ -143,6 +143,16 @@ def pick_dtype(
     kind = torch.device(device).type
     if kind == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
+
+# %% ../nbs/0_shared/00_core.ipynb #8d369cb8
+def free(
+    device, # torch.device
+) -> None:
+    "Give the memory of what was dropped back to the graphics card."
+    import gc
+    import torch
+    gc.collect()
+    if device.type == "cuda": torch.cuda.empty_cache()
 
 # %% ../nbs/0_shared/00_core.ipynb #49e574dc
 def sync(
