@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from musiclab import adapters, layers
 from musiclab.audio import Audio
 from musiclab.core import MusiclabError
-from musiclab.dense import Int8, Packed, Plain, can_pack, dense
+from musiclab.dense import Int8, Packed, Plain, Turned, can_pack, dense
 from musiclab.musicgen.decoder import Decoding, FastDecoder, forward
 from musiclab.musicgen.generate import decode_codes, encode_texts, generate, open_decoder, write_codes
 from musiclab.musicgen.model import LORA_TARGETS, open_lm, pad_states
@@ -146,14 +146,18 @@ def test_coarser_numbers_are_close(int8, most, tiny, fast, texts):
 
 def test_every_form_of_a_weight_multiplies_alike():
     draw = torch.Generator().manual_seed(0)
-    weight, x, total = (torch.randn(*shape, generator=draw) for shape in ((640, 512), (5, 512), (5, 640)))
+    weight, x, total = (torch.randn(*shape, generator=draw) for shape in ((640, 512), (70, 512), (70, 640)))
     wanted = x @ weight.T
-    assert isinstance(dense(weight), Packed if can_pack(torch.float32) else Plain) and isinstance(dense(weight[:64]), Plain)
-    for form in (Plain(weight), dense(weight)):
-        assert torch.allclose(form(x), wanted, atol=1e-4) and torch.allclose(form.add(total.clone(), x), total + wanted, atol=1e-4)
+    forms = (Plain, Turned, Packed) if can_pack(torch.float32) else (Plain,)
+    assert isinstance(dense(weight), forms[1:] or Plain) and type(dense(weight[:64])) is Plain
+    for form in (kind(weight) for kind in forms):
+        for rows in (1, 2, 5, 70):
+            x_, wanted_, total_ = x[:rows], wanted[:rows], total[:rows]
+            assert form(x_).is_contiguous() and torch.allclose(form(x_), wanted_, atol=1e-4)
+            assert torch.allclose(form.add(total_.clone(), x_), total_ + wanted_, atol=1e-4)
     whole = Int8(weight)
     assert whole.weight.dtype == torch.int8 and (whole(x.bfloat16()) - wanted).norm() / wanted.norm() < 0.02
-    assert torch.equal(Int8(torch.zeros(64, 64))(x[:, :64].bfloat16()), torch.zeros(5, 64, dtype=torch.bfloat16))
+    assert torch.equal(Int8(torch.zeros(64, 64))(x[:, :64].bfloat16()), torch.zeros(70, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("frames, given", [(1, 0), (2, 0), (7, 0), (100, 0), (101, 0), (250, 0), (250, 40), (250, 180), (30, 50)])
