@@ -31,6 +31,8 @@ def test_every_notebook_is_listed_by_its_title(name):
     titles = {str(path.relative_to(root)): source(notebook(path)["cells"][0]).split("\n")[0].removeprefix("# ") for path in lessons}
     assert {path: title for title, path, _ in rows} == titles
     assert all(path == colab for _, path, colab in rows)
+    order = [path.removesuffix(".ipynb") for _, path, _ in rows]
+    assert order == sorted(order, key=lambda path: ("123405".index(path[4]), path)), "chapters in the order of their numbers"
 
 
 def test_both_languages_show_the_same_code():
