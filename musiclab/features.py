@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 import numpy as np
 from .core import MusiclabError, Problem, atomic_write, progress, sha256
-from .encode import BAD, Workers, check, encode_all, make_here, make_in_workers, make_with_ray, read_ahead, title
+from .encode import BAD, Workers, check, encode_all, make_here, make_in_workers, make_where_it_pays, make_with_ray, read_ahead, title
 from .shards import Claims, Shard, Shelf, Store
 
 # %% ../nbs/0_shared/06_features.ipynb #96df324c
@@ -221,7 +221,7 @@ def prepare(
     tracks: Sequence, # `Tracks`, or a list of `Track`
     store: Path | str | None, # where rows are kept; None: encode on demand, equal to the bit
     device="cpu", # torch.device, or its name, for the features that want one
-    workers: int | str | None = None, # processes for the others; 0: in this process; None: one for each core; "ray": a Ray cluster
+    workers: int | str | None = None, # processes for the others; 0: in this one; None: in this one or one for each core, whichever is faster; "ray": a Ray cluster
     rank: int = 0, # which of `world` processes this is; all of them end with all rows
     world: int = 1, # how many do the same work, on one store, at the same time
     stop: Callable[[], bool] = lambda: False, # polled often; when true, `Stopped` is raised, and what was made is kept
@@ -266,7 +266,8 @@ def place_all(
             if feature.where == "device": make = partial(make_here, device=device)
             elif workers == 0: make = partial(make_here, device="cpu")
             elif workers == "ray": make = make_with_ray
-            else: make = partial(make_in_workers, workers=stack.enter_context(Workers(workers or cores())))
+            elif workers is None: make = partial(make_where_it_pays, total=lacking, count=cores())
+            else: make = partial(make_in_workers, workers=stack.enter_context(Workers(workers)))
             make = partial(make, feature, shelf.folder, stop=stop, tick=bar.update)
             failed = fill(feature, shelf, wanted, input_of, make, begin, bar, stop)
         shelf.look()

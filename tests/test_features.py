@@ -273,12 +273,34 @@ def test_processes_share_the_work(tmp_path):
     assert not Store(tmp_path / "store").verify() and not list((tmp_path / "store").glob("*/.*part*"))
 
 
-def test_stores_made_apart_are_equal(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "another störe 歌"
-    prepare([Letters(batch=3)], texts(40), one)
-    prepare([Letters("worker")], texts(40)[::-1], two, workers=2)
-    content = [{p.relative_to(store): p.read_bytes() for p in store.glob("*/*.safetensors")} for store in (one, two)]
-    assert content[0] == content[1] and len(content[0]) == 5
+def test_stores_made_apart_are_equal(tmp_path, monkeypatch):
+    class Counted(encode.Workers):
+        def make(self, *job): handed.append(job); return super().make(*job)
+    handed, stores = [], [tmp_path / name for name in ("one", "two", "another störe 歌")]
+    monkeypatch.setattr(encode, "Workers", Counted)
+    monkeypatch.setattr("musiclab.features.cores", lambda: 2)
+    prepare([Letters(batch=3)], texts(40), stores[0])
+    prepare([Letters("worker")], texts(40)[::-1], stores[1])
+    assert not handed # so little work is done sooner than processes start
+    monkeypatch.setattr(encode, "START", -1.0)
+    prepare([Letters("worker")], texts(40)[::-1], stores[2])
+    assert len(handed) == 4 # and so is the first of five pieces
+    content = [{p.relative_to(store): p.read_bytes() for p in store.glob("*/*.safetensors")} for store in stores]
+    assert content[0] == content[1] == content[2] and len(content[0]) == 5
+
+
+def test_processes_start_when_they_save_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("musiclab.features.cores", lambda: 4)
+    asked = []
+    monkeypatch.setattr(encode, "pays", lambda rest, count: bool(asked.append((rest, count))))
+    prepare([Letters("worker", slow=0.01)], texts(40), tmp_path / "store")
+    assert [count for _, count in asked] == [4] * 5 and asked[-1][0] == 0
+    assert all(rest >= 0.01 * left for (rest, _), left in zip(asked, (32, 24, 16, 8))) # measured, file by file
+    def workers(count): raise InterruptedError(f"{count} processes")
+    monkeypatch.setattr(encode, "Workers", workers)
+    feature = Letters("worker", log=tmp_path / "log")
+    with pytest.raises(InterruptedError, match="4 processes"): prepare([feature], texts(4200), tmp_path / "many")
+    assert not feature.logged() # thousands of inputs are given away untried
 
 
 def finished(store): return same(prepare([Letters()], texts(9), store), texts(9), [Letters()])
