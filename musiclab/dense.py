@@ -42,12 +42,15 @@ class Packed:
         "The product added to `total`."
         return onednn(x, self.weight, total)
 
+# %% ../nbs/0_shared/08a_dense.ipynb #23939fb5
 class Turned:
     "A float32 weight on a CPU: two rows are multiplied the other way round; for a handful there is a packed copy, made when they first come."
     def __init__(self, weight: Tensor): self.weight = weight.contiguous()
 
     @cached_property
-    def packed(self) -> Tensor: return pack(self.weight)
+    def packed(self) -> Tensor:
+        "The packed copy."
+        return pack(self.weight)
 
     def form(self, rows: int) -> Tensor:
         "One row, or very many, are as fast without packing."
