@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PREFIXES', 'fresh', 'install', 'weaken', 'adapted', 'parts', 'adapter_state', 'load_adapter_state', 'attach',
            'merged_weight', 'set_strength', 'merge', 'modules_file', 'load_modules', 'copy_modules', 'save', 'renamed',
-           'expression', 'read_for', 'load']
+           'expression', 'read_for', 'load', 'merge_result']
 
 # %% ../nbs/0_shared/08_adapters.ipynb #365edce9
 import math, re, warnings
@@ -19,6 +19,7 @@ from .adapter_files import find # noqa: F401 (for those who deal with adapters o
 from .core import MusiclabError, prepare_imports, seed_from
 from .layers import base_weight, choose, linears, nearby, outside_adapters, plain, replace_module
 from .layers import quantize, weight_bytes # noqa: F401 (likewise)
+from .weights import fill, read_tensors
 
 prepare_imports()
 from peft import LoraConfig, inject_adapter_in_model
@@ -311,3 +312,18 @@ def load(
     set_strength(model, strength, name)
     if (beside := modules_file(path)).is_file(): load_modules(model, beside, strength)
     return adapter
+
+def merge_result(
+    model: nn.Module, # as the training found it, not quantised
+    result: str | Path, # an adapter, or a checkpoint of a full fine-tune
+    formats: Mapping[str, Format] = {}, # of the model's family, for files of other tools
+    strength: float = 1.0, # of an adapter
+) -> nn.Module: # the same model
+    "Put what was trained into the weights."
+    whole = Path(result)/"trained.safetensors"
+    if not whole.is_file():
+        load(model, result, formats, strength=strength)
+        return merge(model)
+    if strength != 1: raise MusiclabError("a model that was trained whole has no strength", "strength", "Leave it at 1")
+    fill(model, read_tensors([whole]), whole)
+    return model

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MusiclabError', 'Stopped', 'Problem', 'Finding', 'home', 'ready_files', 'mask_broken', 'prepare_imports', 'setup',
-           'pick_device', 'pick_dtype', 'free', 'sync', 'atomic_file', 'atomic_write', 'atomic_folder', 'sha256',
-           'fingerprint', 'seed_from', 'Draw', 'progress', 'fetch']
+           'pick_device', 'pick_dtype', 'free', 'sync', 'atomic_file', 'atomic_write', 'atomic_folder', 'fresh_folder',
+           'sha256', 'fingerprint', 'seed_from', 'Draw', 'progress', 'fetch']
 
 # %% ../nbs/0_shared/00_core.ipynb #d9bec526
 import hashlib, importlib, importlib.resources, importlib.util, json, logging, os, shutil, sys, tempfile, warnings
@@ -209,6 +209,19 @@ def atomic_folder(
         else: os.replace(beside, path)
         sync(path.parent)
     finally: shutil.rmtree(beside, ignore_errors=True)
+
+@contextmanager
+def fresh_folder(
+    path: str | Path, # the folder to write
+):
+    "Gives a folder to fill, which takes the name `path` when all is written. A folder that holds something is not replaced: MusiclabError."
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MusiclabError("exists already and is not empty", path, "Choose a new folder")
+    try:
+        with atomic_folder(path) as beside: yield beside
+    except OSError as error:
+        raise MusiclabError(f"cannot be written ({error.strerror or error})", path, "Check the folder and the free space") from error
 
 # %% ../nbs/0_shared/00_core.ipynb #96099e00
 def sha256(

@@ -122,7 +122,10 @@ def test_a_full_fine_tune_becomes_a_model(work):
     status, text = run("export", work / "full", work / "tuned", "--to", "merged")
     assert status == 0, text
     assert run("generate", "--model", work / "tuned", "--seconds", 0.2, "--out", work / "t.wav")[0] == 0
-    assert run("export", work / "full", work / "x.safetensors") [1].startswith("error")
+    assert run("export", work / "full", work / "x.safetensors")[1].startswith("error")
+    for more, why in (([work / "half", "--strength", 0.5], "has no strength"), ([work / "tuned"], "exists already and is not empty")):
+        status, text = run("export", work / "full", "--to", "merged", *more)
+        assert status == 1 and why in text and not (work / "half").exists()
 
 
 def test_init_writes_configurations_and_keeps_yours(tmp_path):

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from .. import adapters
 from .changes import How, Studio, make
@@ -21,9 +20,10 @@ from .objective import close_ranks, denoising_loss, forget, imitation_loss, leve
 from .sampling import Prompt
 from .settings import TARGETS, AceStepConfig
 from .transformer import Transformer, open_transformer, save_transformer
-from ..core import MusiclabError, atomic_folder, fetch, seed_from
+from ..core import fetch, fresh_folder, seed_from
 from ..layers import quantize as quantize_layers
 from ..task import At, Batch, Group, Task
+from ..weights import opened
 
 # %% ../../nbs/2_ace_step/29g_train.ipynb #35ae2659
 def noise_for(
@@ -154,17 +154,13 @@ def merge(
     strength: float = 1.0, # of the adapter
 ) -> Path: # a whole checkpoint in the layout of the release
     "Put what was trained into the model. The sum is made in float32, from weights that were never quantised."
-    base, out, trained = fetch(base), Path(out), Path(result)/"trained.safetensors"
-    if out.exists() and any(out.iterdir()): raise MusiclabError("exists and is not empty", out, "Choose a new folder")
-    whole = load_file(trained) if trained.is_file() else None
-    model = open_transformer(base, None, projectors=any(name.startswith("projectors.") for name in whole or ()))
-    if whole: model.load_state_dict(whole, strict=True)
-    else:
-        adapters.load(model, result, strength=strength)
-        adapters.merge(model)
-    with atomic_folder(out) as folder:
+    base, whole = fetch(base), Path(result)/"trained.safetensors"
+    with fresh_folder(out) as folder:
+        names = opened(whole).keys() if whole.is_file() else ()
+        model = open_transformer(base, None, projectors=any(name.startswith("projectors.") for name in names))
+        adapters.merge_result(model, result, strength=strength)
         for item in base.iterdir():
             if item.is_file(): shutil.copy(item, folder/item.name)
             elif item.name in PARTS.values() and item.name != PARTS["transformer"]: shutil.copytree(item, folder/item.name)
         save_transformer(model, folder, base)
-    return out
+    return Path(out)

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from .. import adapters
-from ..core import MusiclabError, atomic_folder, seed_from
+from ..core import MusiclabError, fresh_folder, seed_from
 from ..dense import can_int8
 from .checkpoint import PARTS, local_part, part_folder, read_config, write_model
 from .codec_files import open_codec
@@ -125,14 +124,12 @@ def write_whole(
     out: str | Path, # a new folder
 ) -> Path: # the folder
     "Write a checkpoint with another writer in it; its other parts are copied where they are on this disk."
-    out = Path(out)
-    if out.exists() and any(out.iterdir()): raise MusiclabError("exists and is not empty", out, "Choose a new folder")
-    with atomic_folder(out) as place:
+    with fresh_folder(out) as place:
         write_model(place/PARTS["model"][1], read_json(part_folder(base, "model")/"config.json"), release_weights(lm))
         for name in ("tokenizer.json", "gen_config.json"): shutil.copy(part_folder(base, "text")/name, place/name)
         for part in ("codec", "encoder"):
             if found := local_part(base, part): shutil.copytree(found, place/PARTS[part][1])
-    return out
+    return Path(out)
 
 def merge(
     base: str | Path, # the checkpoint that was trained
@@ -141,9 +138,4 @@ def merge(
     strength: float = 1.0, # of the adapter
 ) -> Path: # a whole checkpoint
     "Put what was trained into the model. The sum is made in float32, from weights that were never quantised."
-    lm, trained = open_lm(base), Path(result)/"trained.safetensors"
-    if trained.is_file(): lm.load_state_dict(load_file(trained), strict=True)
-    else:
-        adapters.load(lm, result, formats(base))
-        adapters.merge(lm, strength)
-    return write_whole(base, lm, out)
+    return write_whole(base, adapters.merge_result(open_lm(base), result, formats(base), strength), out)

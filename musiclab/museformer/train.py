@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from ..config import PathText, TrainConfig
-from ..core import MusiclabError, atomic_folder, atomic_write, pick_device, seed_from
+from ..core import MusiclabError, atomic_folder, atomic_write, fresh_folder, pick_device, seed_from
 from .attention import PRESETS
 from .data import ASPECT_OF, ASPECTS, census, collate, example, stretches
 from .model import SIZES, HIDMuseFormer, create_model
@@ -165,7 +165,7 @@ def merge(
     "Write the model of a checkpoint."
     if strength != 1: raise MusiclabError("a model trained as a whole has no strength", "strength")
     weights, settings = load_file(Path(result)/"trained.safetensors"), json.loads((Path(result)/"state.json").read_text())["config"]
-    with atomic_folder(out) as beside:
+    with fresh_folder(out) as beside:
         save_file(weights, beside/"model.safetensors")
         atomic_write(beside/"config.json", json.dumps({"model_type": KIND} | describe(weights) | {name: settings[name] for name in ("pos", "preset")}, indent=1))
     return Path(out)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from ..core import MusiclabError, atomic_folder, fetch
+from ..core import MusiclabError, fetch, fresh_folder
 from .checkpoint import read_config, read_weights
 from .convert import from_audiocraft, to_audiocraft
 from .model import open_lm
@@ -54,13 +54,11 @@ def write_package(
     codec: str = "facebook/encodec_32khz", # which codec belongs to it
 ) -> Path: # the folder
     "Write a package as AudioCraft shares models: for `continue_from`, and for its `MusicGen.get_pretrained`."
-    out = Path(out)
-    if out.exists() and any(out.iterdir()): raise MusiclabError("exists and is not empty", out, "Choose a new folder")
     about = {"version": "1.4.0a2", "exported": True}
-    with atomic_folder(out) as folder:
+    with fresh_folder(out) as folder:
         torch.save({"best_state": dict(weights), "xp.cfg": settings} | about, folder/"state_dict.bin")
         torch.save({"pretrained": codec} | about, folder/"compression_state_dict.bin")
-    return out
+    return Path(out)
 
 def to_package(
     model: str | Path, # a transformers checkpoint, or its name on the hub

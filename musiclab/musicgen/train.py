@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from .. import adapters
-from ..core import MusiclabError, atomic_folder, fetch, seed_from
+from ..core import fetch, fresh_folder, seed_from
 from ..layers import quantize as quantize_layers
 from .checkpoint import read_config
 from .codes import Codes
@@ -81,10 +81,8 @@ def write_model(
     dtype: torch.dtype | None = None, # keep all bits of this format, where the checkpoint has fewer; None keeps the format that each weight had
 ) -> Path: # the folder
     "Write a whole checkpoint with other weights in its trained part."
-    base, out = fetch(base), Path(out)
-    if out.exists() and any(out.iterdir()): raise MusiclabError("exists and is not empty", out, "Choose a new folder")
-    weights = lm.state_dict()
-    with atomic_folder(out) as folder:
+    base, weights = fetch(base), lm.state_dict()
+    with fresh_folder(out) as folder:
         for file in base.iterdir():
             if file.suffix != ".safetensors": shutil.copy(file, folder/file.name)
             elif file.name.startswith("model"):
@@ -93,7 +91,7 @@ def write_model(
                 kinds = {name: torch.promote_types(old.dtype, dtype) if dtype else old.dtype for name, old in tensors.items() if name in weights}
                 tensors |= {name: weights[name].to(kind).cpu().contiguous() for name, kind in kinds.items()}
                 save_file(tensors, folder/file.name, metadata={"format": "pt"})
-    return out
+    return Path(out)
 
 # %% ../../nbs/1_musicgen/15_train.ipynb #96ab3864
 def merge(
@@ -103,9 +101,4 @@ def merge(
     strength: float = 1.0, # of the adapter
 ) -> Path: # a whole checkpoint, for transformers and everybody else
     "Put what was trained into the model. The sum is made in float32."
-    lm, trained = open_lm(base), Path(result)/"trained.safetensors"
-    if trained.is_file(): lm.load_state_dict(load_file(trained), strict=True)
-    else:
-        adapters.load(lm, result)
-        adapters.merge(lm, strength)
-    return write_model(base, lm, out)
+    return write_model(base, adapters.merge_result(open_lm(base), result, strength=strength), out)
