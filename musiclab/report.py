@@ -5,6 +5,7 @@ __all__ = ['LABELS', 'METHOD', 'values', 'draw_dots', 'draw_figures', 'draw_map'
            'copy_blocks', 'asked_blocks', 'blocks', 'report', 'data_blocks', 'data_page']
 
 # %% ../nbs/0_shared/13a_report.ipynb #843dbfd6
+import os
 from pathlib import Path
 import numpy as np
 from . import show
@@ -168,13 +169,17 @@ def data_blocks(
     ax.barh([tag for tag, _ in counts][::-1], [n for _, n in counts][::-1], color=show.COLORS[0])
     ax.set(xlabel="tracks")
     odd = [row for row in table if row["status"] == "remark" and row["track"] in sounds and row.get("format") not in (None, "midi", "tokens")][:players]
-    short = lambda text: text.replace(str(Path(table[-1].get("file") or ".").parent) + "/", "")
-    listen = [show.player(sounds[row["track"]].source.audio(seconds=15), f"{row['track']}: {short('; '.join(row['remarks']))}") for row in odd]
-    lines = [{"track": short(row["track"]), "status": row["status"], "remarks": short("; ".join(row["remarks"])), "seconds": row.get("seconds"), "song": row.get("song", ""),
-              "text": (row.get("text") or "")[:80], "suggested": ", ".join(row.get("suggested", []))} for row in table]
+    clipped = lambda text: text if len(text) <= 80 else text[:79] + "…"
+    root = os.path.commonpath([os.path.dirname(row["file"]) for row in table if row.get("file")] or [""])
+    short = lambda text: text.replace(os.path.join(root, ""), "") if root else text
+    name = lambda row: short(row.get("file") or row["track"])
+    listen = [show.player(sounds[row["track"]].source.audio(seconds=15), f"{name(row)}: {short('; '.join(row['remarks']))}") for row in odd]
+    lines = [{"track": name(row), "status": row["status"], "remarks": short("; ".join(row["remarks"])), "seconds": row.get("seconds"),
+              "text": clipped(row.get("text") or ""), "suggested": ", ".join(row.get("suggested", [])), "song": row.get("song", "")} for row in table]
+    silent = {column for column in ("remarks", "song", "suggested") if all(line[column] in ("", row["track"]) for line, row in zip(lines, table))}
     return [f"> {len(found.problems)} files cannot be used, {sum(row['status'] == 'remark' for row in table)} have remarks, {sum(row['status'] == 'fine' for row in table)} are fine.",
             *(str(found).split("\n")[:1]), *(["## Odd ones", *listen] if listen else []), *(["## Tags", show.Picture(figure, "how often each tag is used")] if counts else []),
-            "## All tracks", show.table(lines)]
+            "## All tracks", show.table([{column: value for column, value in line.items() if column not in silent} for line in lines])]
 
 def data_page(
     found: Report, # from `musiclab.data.check`

@@ -37,8 +37,9 @@ def table(
 ) -> View:
     "A table; numbers to three digits, a dash for what is missing."
     names = list(dict.fromkeys(name for row in rows for name in row))
-    right = {name for name in names if all(isinstance(row.get(name), (int, float, np.number, type(None))) for row in rows)}
-    line = lambda tag, values: "<tr>" + "".join(f"<{tag}{' class=num' * (n in right)}>{v}</{tag}>" for n, v in zip(names, values)) + "</tr>"
+    kinds = {name: " class=num" for name in names if all(isinstance(row.get(name), (int, float, np.number, type(None))) for row in rows)}
+    kinds |= {name: " class=text" for name in names if any(len(str(row.get(name))) > 30 for row in rows)}
+    line = lambda tag, values: "<tr>" + "".join(f"<{tag}{kinds.get(n, '')}>{v}</{tag}>" for n, v in zip(names, values)) + "</tr>"
     body = "".join(line("td", [_cell(row.get(name)) for name in names]) for row in rows)
     head = line("th", map(html.escape, names))
     return View(f'<div class="scroll"><table>{head}{body}</table></div>', f"table of {len(rows)} rows: {', '.join(names)}")
@@ -65,6 +66,7 @@ table{border-collapse:collapse;font-size:.88em;font-variant-numeric:tabular-nums
 th,td{padding:6px 12px;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600}
 .num{text-align:right;white-space:nowrap}
+.text{min-width:15em}
 .scroll{overflow-x:auto;margin:1em 0}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:4px 16px}
 img{display:block;width:100%;height:auto;margin:1em 0}
