@@ -65,15 +65,16 @@ class Stream:
         seed: int, # the run's seed
         lengths: np.ndarray | None = None, # [rows] in tokens, for packing
         max_tokens: int | None = None, # pack rows into cards of at most this many tokens
+        limit: int | None = None, # an epoch ends after so many cards; None: after all
     ):
-        self.weights, self.seed, self.lengths, self.max_tokens = weights, seed, lengths, max_tokens
+        self.weights, self.seed, self.lengths, self.max_tokens, self.limit = weights, seed, lengths, max_tokens, limit
         self._starts = [0] # where each epoch begins
         self.epoch = lru_cache(maxsize=4)(self._epoch) # a step looks at one or two epochs
 
     def _epoch(self, epoch: int) -> list[np.ndarray]: # its cards
         order = epoch_order(self.weights, self.seed, epoch)
-        if not self.max_tokens: return order[:, None]
-        return [order[pack] for pack in first_fit(self.lengths[order[:, 0]], self.max_tokens)]
+        if not self.max_tokens: return order[:self.limit, None]
+        return [order[pack] for pack in first_fit(self.lengths[order[:, 0]], self.max_tokens)[:self.limit]]
 
     def start(self, epoch: int) -> int: # the position of its first card
         "Where an epoch begins."
@@ -103,12 +104,14 @@ class Plan:
         lengths: np.ndarray | None = None, # [rows] for bucketing or packing
         bucket: int = 0, # steps whose rows are sorted by length together; 0 keeps the shuffled order
         max_tokens: int | None = None, # pack rows into micro-batches of at most this many tokens
+        limit: int | None = None, # micro-batches of a process in an epoch, at most
     ):
         weights = np.ones(rows) if np.isscalar(rows) else np.asarray(rows, float)
         if not len(weights) or weights.sum() <= 0: raise MusiclabError("there is no row to train on")
         if (bucket or max_tokens) and lengths is None: raise MusiclabError("bucketing and packing need the rows' lengths")
-        self.stream, self.lengths, self.bucket = Stream(weights, seed, lengths, max_tokens), lengths, bucket
         self.batch_size, self.accumulate, self.world = 1 if max_tokens else batch_size, accumulate, world
+        self.stream = Stream(weights, seed, lengths, max_tokens, limit and limit * self.batch_size * world)
+        self.lengths, self.bucket = lengths, bucket
         self.units = self.batch_size * accumulate * world # cards that a step takes from the stream
 
     def steps(self, epochs: int) -> int:

@@ -52,6 +52,7 @@ class Checkpoints:
     ) -> Path: # the new checkpoint
         "Write a checkpoint. If that fails, the ones before it stay and stay usable."
         path = self.folder/f"step-{step:08d}"
+        for left in self.folder.glob(".step-*"): shutil.rmtree(left) # by a process that was killed while it wrote
         try:
             with atomic_folder(path) as beside:
                 fill(beside)

@@ -204,8 +204,8 @@ class Saving(Settings):
     keep: int = Field(3, ge=1, description="how many checkpoints stay")
     resume: PathText = Field("latest", description="latest: go on from the newest checkpoint in output; none: do not; or its path")
     time_budget: float | None = Field(None, gt=0, description="minutes until the run saves and ends by itself")
-    debug: bool = Field(False, description="two steps, or limit_batches, with all checks on: what a batch holds, gradients of each block, where a number is not finite")
-    limit_batches: int | None = Field(None, ge=1, description="use only the data of so many steps")
+    debug: bool = Field(False, description="two steps, or those of limit_batches, with all checks on: what a batch holds, gradients of each block, where a number is not finite")
+    limit_batches: int | None = Field(None, ge=1, description="cut each pass over the data short, after so many batches; validation, too")
 
 # %% ../nbs/0_shared/07_config.ipynb #56df4530
 class Rollout(Settings):

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'recompute', 'seeded', 'processes', 'wrap', 'put_weights', 'begin_with', 'build', 'Engine', 'total',
            'agreed', 'autocast', 'hold_gradients', 'update', 'means', 'block_norms', 'tell', 'apply_gradients',
-           'evaluate', 'sample', 'engine_state', 'load_engine_state']
+           'evaluate', 'sample', 'at_strength', 'engine_state', 'load_engine_state']
 
 # %% ../nbs/0_shared/10c_engine.ipynb #e0793e25
 from contextlib import contextmanager, nullcontext
@@ -60,7 +60,7 @@ def wrap(
         from torch.distributed.fsdp import fully_shard
         for block in blocks: fully_shard(block)
         return fully_shard(step)
-    return nn.parallel.DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None)
+    return nn.parallel.DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None, init_sync=False) # all have loaded the same
 
 # %% ../nbs/0_shared/10c_engine.ipynb #68985790
 @torch.no_grad()
@@ -295,6 +295,27 @@ def sample(
     with engine.ema.applied() if engine.ema else nullcontext(), autocast(engine): raw = engine.door(engine.task.sample, rows, at)
     for module in sharded: module.reshard()
     return engine.task.decode(raw) if engine.rank == 0 else None
+
+# %% ../nbs/0_shared/10c_engine.ipynb #49feb73c
+@contextmanager
+def at_strength(
+    engine: Engine,
+    strength: float, # 0: the model as it was; 1: as trained
+):
+    "For as long as the context lasts, all that was trained counts so much: adapters and whole modules alike. All processes must call it together."
+    trained = {name: p for name, p in (engine.ema.average if engine.ema else engine.params).items() if ".lora_" not in name}
+    if engine.lora: adapters.set_strength(engine.model, strength)
+    own = {name: p.detach().clone() for name, p in trained.items()} if strength != 1 else {}
+    try:
+        if own: # they are read from where they came from, since nothing in the model knows them any more
+            first = dict(engine.task.load(torch.device("cpu"), torch.float32, None).named_parameters())
+            with torch.no_grad():
+                for name, p in own.items(): trained[name].copy_(like(first[name].to(engine.device), p).lerp(p, strength))
+        yield
+    finally:
+        if engine.lora: adapters.set_strength(engine.model, 1.0)
+        with torch.no_grad():
+            for name, p in own.items(): trained[name].copy_(p)
 
 # %% ../nbs/0_shared/10c_engine.ipynb #1b94a213
 def engine_state(engine: Engine) -> tuple[dict, dict, dict]: # trained weights, tensors and numbers of the optimizers, plain values

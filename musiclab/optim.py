@@ -40,7 +40,7 @@ def make_optimizer(
     matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
     groups = [g for g in (dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)) if g["params"]]
     if name == "adamw": return torch.optim.AdamW(groups, lr=lr, fused=all(p.device.type in ("cuda", "cpu") for p in params))
-    if name == "adafactor": return torch.optim.Adafactor(groups, lr=lr)
+    if name == "adafactor": return torch.optim.Adafactor(groups, lr=lr, eps=(None, 1.0)) # by lr, not by lr times the weights' size: an adapter's B begins at zero
     if name == "muon":
         if any(p.ndim != 2 for p in params): raise MusiclabError("muon moves matrices only", "optimizer=muon", "Choose adamw for the other weights")
         return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw") # so that rates mean the same as for adamw

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FIXED', 'FREE', 'MicroBatches', 'training_rows', 'validation_rows', 'loader', 'find_checkpoint', 'check_settings',
            'Run', 'as_track', 'play', 'store_of', 'save', 'asdict_of', 'publish', 'keep_epoch', 'keep_best', 'validate',
-           'listen', 'begin', 'gather', 'minutes_from_now', 'loop', 'fit']
+           'listen', 'begin', 'short', 'gather', 'minutes_from_now', 'loop', 'fit']
 
 # %% ../nbs/0_shared/11_train.ipynb #27004f78
 import json, shutil, signal, sys, time
@@ -21,7 +21,7 @@ from .checkpoints import Checkpoints, Stop, load_state, save_state, verify
 from .config import TrainConfig
 from .core import Draw, MusiclabError, Problem, Stopped, atomic_file, atomic_folder, atomic_write, home, pick_device, progress
 from .tracks import Track, Tracks
-from .engine import Engine, agreed, engine_state, evaluate, load_engine_state, processes, sample, tell, update
+from .engine import Engine, agreed, at_strength, engine_state, evaluate, load_engine_state, processes, sample, tell, update
 from .features import Prepared, prepare
 from .log import Log
 from .optim import whole
@@ -138,18 +138,13 @@ class Run:
         prompts: list, # texts, or mappings of Track fields (caption, tags, lyrics)
         seconds: float = 8.0, # length of each piece
         seed: int = 0, # equal seeds give equal chance, so before and after can be compared
-        strength: float = 1.0, # of the adapter; 0 is the model as it was, but for modules that were trained whole
+        strength: float = 1.0, # of what was trained; 0 is the model as it was
     ) -> list: # Audio or Song per prompt
         "Play what has been learned."
-        if not self.engine.lora and strength != 1.0:
-            raise MusiclabError("a full fine-tune has no strength", "strength", "Sample from the base model to hear it as it was")
-        if self.engine.lora: adapters.set_strength(self.engine.model, strength)
-        try: return play(self, prompts, seconds, seed)
-        finally:
-            if self.engine.lora: adapters.set_strength(self.engine.model, 1.0)
+        with at_strength(self.engine, strength): return play(self, prompts, seconds, seed)
 
     def before_after(self, prompts: list, seconds: float = 8.0, seed: int = 0) -> list[dict]: # per prompt {"before": …, "after": …}
-        "The same prompts and seeds without and with the adapter."
+        "The same prompts and seeds without and with what was trained."
         before, after = (self.sample(prompts, seconds, seed, strength) for strength in (0.0, 1.0))
         return [{"before": b, "after": a} for b, a in zip(before, after)]
 
@@ -254,15 +249,21 @@ def begin(task: Task, config: TrainConfig, device, rank: int, world: int, total:
     return Run(folder, engine, log, total, state["step"])
 
 # %% ../nbs/0_shared/11_train.ipynb #d914a48c
+def short(config: TrainConfig) -> int | None: # None: as long as the data are
+    "How many batches a process takes in a pass."
+    return config.limit_batches or (2 * config.accumulate if config.debug else None)
+
 def gather(task: Task, train: Tracks, valid: Tracks, config: TrainConfig, device, rank: int, world: int, stop) -> tuple[Tracks, Tracks, Prepared]:
     "Prepare the features of both sides; what is left of them, and the features."
+    if (limit := short(config)) and not task.max_tokens:
+        most = limit * config.batch_size * world
+        train, valid = (side[::max(1, len(side) // most)][:most] for side in (train, valid))
     both, sides = train + valid, len(train)
     prepared = prepare(task.features, both, store_of(config), device, rank=rank, world=world, stop=stop)
     train, valid = both.select(i for i in prepared.kept if i < sides), both.select(i for i in prepared.kept if i >= sides)
     if rank == 0:
         for problem in prepared.problems: print(f"left out {problem}")
     if not len(train): raise MusiclabError("no track is left to train on", config.data, "See the reasons above, or run: musiclab data check")
-    if limit := config.limit_batches or int(config.debug): train, valid = train[:limit * config.batch_size * config.accumulate * world], valid[:limit * config.batch_size * world]
     return train, valid, prepared
 
 # %% ../nbs/0_shared/11_train.ipynb #237b14b2
@@ -282,11 +283,12 @@ def loop(run: Run, batches: MicroBatches, plan: Plan, valid: MicroBatches, round
     passed = lambda n: bool(n) and run.step in epochs and epochs[run.step] % n == 0
     ends = lambda n: run.step == run.total or (n and run.step % n == 0)
     looks = lambda: run.step == run.total or passed(config.validate_epochs) if config.validate_epochs else ends(every)
-    def look(): # validation and sound of the present step
-        if rounds and (run.step == 0 or looks()): validate(run, valid, rounds, stop)
-        if config.sample_prompts and (run.step == 0 or (ends(config.sample_every) if config.sample_every else looks())) and not agreed(stop, engine): listen(run, stop)
-    seen = {name for record in run.history if record["step"] == run.step for name in record} if engine.rank == 0 else set()
-    if not agreed(lambda: "valid" in seen, engine): look() # of a resumed run this step may have been looked at before
+    def look(seen=()): # validation and sound of the present step
+        if rounds and "valid" not in seen and (run.step == 0 or looks()): validate(run, valid, rounds, stop)
+        wanted = run.step == 0 or (ends(config.sample_every) if config.sample_every else looks())
+        if config.sample_prompts and "samples" not in seen and wanted and not agreed(stop, engine): listen(run, stop)
+    before = {name for record in run.history if record["step"] == run.step for name in record} if engine.rank == 0 else set()
+    look([name for name in ("valid", "samples") if agreed(partial(before.__contains__, name), engine)]) # a resumed run may have done so at this step
     saved, due = run.step, minutes_from_now(config.save_minutes)
     work = iter(loader(batches, range(run.step * config.accumulate, run.total * config.accumulate), config.workers if batches.prepared.portable and not config.debug else 0, engine.device))
     with progress(desc="training", total=run.total, unit="step") as bar:
@@ -328,11 +330,11 @@ def fit(
         except Stopped as error:
             error.exit_code = stop.exit_code
             raise
-        plan = Plan(task.weights(train, prepared), config.batch_size, config.accumulate, world, config.seed, max_tokens=task.max_tokens,
+        plan = Plan(task.weights(train, prepared), config.batch_size, config.accumulate, world, config.seed, max_tokens=task.max_tokens, limit=short(config),
                     lengths=task.lengths(train, prepared) if config.bucket or task.max_tokens else None, bucket=16 if config.bucket else 0)
-        run = begin(task, config, device, rank, world, (config.limit_batches or 2) if config.debug else config.max_steps or plan.steps(config.epochs))
+        run = begin(task, config, device, rank, world, -(-short(config) // config.accumulate) if config.debug else config.max_steps or plan.steps(config.epochs))
         run.problems = prepared.problems
-        rounds = in_order(len(valid), config.batch_size, world)
+        rounds = in_order(len(valid), config.batch_size, world)[:short(config)]
         asked = lambda: bool(stop)
         try: loop(run, MicroBatches(task, train, prepared, config.seed, partial(training_rows, plan, rank)), plan,
                   MicroBatches(task, valid, prepared, config.seed, partial(validation_rows, rounds, rank)), rounds, asked)

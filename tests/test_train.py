@@ -85,11 +85,13 @@ def two_processes(output, **changes):
     return answers
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_learns(tmp_path, strategy):
-    alone = run_with(tmp_path / "alone", batch_size=4)
+@pytest.mark.parametrize("strategy, quantize", [("ddp", "int8"), ("fsdp", None)])
+def test_two_processes_learn_what_one_learns(tmp_path, strategy, quantize):
+    if quantize: pytest.importorskip("torchao")
+    alone = run_with(tmp_path / "alone", batch_size=4, quantize=quantize)
     losses = [r["loss"] for r in read_log(tmp_path / "alone/logs/log.jsonl") if "grad_norm" in r]
-    answers = two_processes(tmp_path / "two", dropout=0.0, max_steps=3, batch_size=2, strategy=strategy, sample_prompts=["la"], sample_seconds=3)
+    changes = dict(batch_size=2, strategy=strategy, quantize=quantize, sample_prompts=["la"], sample_seconds=3)
+    answers = two_processes(tmp_path / "two", dropout=0.0, max_steps=3, **changes)
     assert all(("DTensor" in kinds) == (strategy == "fsdp") for _, kinds, _ in answers)
     assert answers[0][2] == pytest.approx(losses, abs=1e-5)
     together = weights(tmp_path / "two", 3)
@@ -120,6 +122,24 @@ def test_before_and_after(tmp_path):
     assert pair["before"].samples.shape == pair["after"].samples.shape
     again = made.sample(["la la"], seconds=4)
     assert (again[0].samples == pair["after"].samples).all()
+
+
+class Heard(Toy):
+    "What it plays are numbers that depend on every weight."
+    def sample(self, model, rows, at): return model(torch.arange(9)[None])
+    def decode(self, raw): return [raw]
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(ema=0.5), dict(method="full")], ids=["lora", "ema", "full"])
+def test_before_is_the_model_as_it_was(tmp_path, changes):
+    "The toy's head is trained whole, beside the adapter."
+    tracks, config = songs(), settings(tmp_path, lr=0.05, **changes)
+    made = fit(Heard(config, 0.0), tracks[:5], tracks[5:], config)
+    (pair,), (half,) = made.before_after([""]), made.sample([""], strength=0.5)
+    with torch.no_grad(): first = Heard(config, 0.0).load("cpu", torch.float32, None)(torch.arange(9)[None])
+    assert torch.equal(pair["before"], first) and not torch.equal(pair["after"], first)
+    assert all(0.2 < float((other - half).norm() / (pair["after"] - first).norm()) < 0.8 for other in pair.values())
+    assert torch.equal(made.sample([""])[0], pair["after"]) and equal(weights(tmp_path, 6), {k: p.detach() for k, p in made.engine.params.items()})
 
 
 def test_samples_are_written_on_the_way(tmp_path):
@@ -167,8 +187,12 @@ def test_examples_are_packed_up_to_a_number_of_tokens(tmp_path):
 
 def test_debug_and_limits(tmp_path):
     assert run(tmp_path / "debug", debug=True, max_steps=None).step == 2
+    for task in (Toy, Packed): # one batch is half a step
+        config = settings(tmp_path / task.__name__, limit_batches=3, max_steps=None, epochs=4, validate_every=1)
+        seen, tracks = task(config), songs(40)
+        assert fit(seen, tracks[:30], tracks[30:], config).step == 6
     limited = run(tmp_path / "limited", limit_batches=1, max_steps=None, epochs=3, validate_every=1)
-    assert limited.step == 3
+    assert limited.step == 2
 
 
 def test_on_demand_gives_the_same_weights(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from musiclab.config import TrainConfig
+from musiclab.layers import quantize as quantize_layers
 from musiclab.tracks import Track, Tracks
 from musiclab.task import Batch, Group, Task
 
@@ -45,7 +46,9 @@ class Toy(Task):
     def load(self, device, dtype, quantize):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return Net(self.dropout).to(device, dtype)
+            net = Net(self.dropout).to(device, dtype)
+        if quantize: quantize_layers(net, quantize, r"blocks\..+")
+        return net
 
     def groups(self, model):
         if self.config.method == "full": return {"model": Group(modules=("",))}

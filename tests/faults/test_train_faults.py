@@ -77,6 +77,17 @@ def test_a_term_signal_ends_in_a_checkpoint(tmp_path, straight, where, number):
     assert equal(weights(tmp_path), straight)
 
 
+def test_sound_that_a_signal_prevented_is_made_by_the_next_run(tmp_path):
+    class Interrupted(Toy):
+        def sample(self, model, rows, at):
+            if at.step == 3 and not (tmp_path / "once").exists():
+                (tmp_path / "once").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().sample(model, rows, at)
+    for _ in range(2): made = run(tmp_path / "run", Interrupted, sample_prompts=["la"], sample_seconds=2)
+    assert all([r["step"] for r in made.history if name in r] == [0, 3, 6] for name in ("samples", "valid"))
+
+
 def test_a_time_budget_ends_in_a_checkpoint(tmp_path, straight):
     class Slow(Toy):
         def loss(self, model, batch, at):
