@@ -49,7 +49,7 @@ def losses(
 ) -> Picture:
     "The training loss of every step, its trend, and the validation losses."
     records = [_flat(record) for record in _records(log)]
-    figure, ax = axes(height=2.8, title=title)
+    figure, ax = axes(height=3, title=title)
     names = [n for n in dict.fromkeys(n for r in records for n in r) if n == "loss" or n.startswith("valid")]
     for i, name in enumerate(names):
         steps, values = np.array([(r["step"], r[name]) for r in records if name in r]).T
@@ -59,7 +59,7 @@ def losses(
         else: ax.plot(steps, values, "o-", color=COLORS[i % len(COLORS)], linewidth=1.5, markersize=4, label=name)
     ax.set(xlabel="step", ylabel="loss")
     ax.grid(axis="y", color=GREY, alpha=0.2)
-    if names: ax.legend(fontsize=8, labelcolor=GREY, frameon=False, ncols=3)
+    if names: figure.legend(loc="outside lower center", ncols=4, fontsize=8, labelcolor=GREY, frameon=False) # where it hides no curve
     return Picture(figure, f"losses {title} of {len(records)} records")
 
 # %% ../nbs/0_shared/11f_curves.ipynb #6a2d92ac
