@@ -1,6 +1,7 @@
 "The command line and the scripts, run as a user runs them: their words, their files, their exit statuses."
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,21 +34,28 @@ def train(folder, output, *more):
             "accumulate=1", "frames=100", "lr=0.01", "workers=0", "validate_every=3", "device=cpu", "trackers=none", *more)
 
 
-def run(*args) -> tuple[int, str]:
-    "Run a command in this process; its exit status and all it printed."
+def caught(call, *args) -> tuple[int, str]:
+    "The exit status of a program that is called in this process, and all it printed."
     import contextlib
     import io
     out = io.StringIO()
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try: cli.main([str(a) for a in args])
+        try: call(*args)
         except SystemExit as end: status = end.code or 0
     return status, out.getvalue()
 
 
-def script(name, *args):
-    return subprocess.run([sys.executable, root / "scripts" / name, *map(str, args)], capture_output=True, text=True, cwd=root,
-                          env=os.environ | {"PYTHONPATH": str(root)}, timeout=200)
+def run(*args) -> tuple[int, str]:
+    "Run a command in this process."
+    return caught(cli.main, [str(a) for a in args])
+
+
+def script(name, *args) -> tuple[int, str]:
+    "Run a script in this process."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        return caught(runpy.run_path, str(root / "scripts" / name), None, "__main__")
 
 
 def commands():
@@ -194,15 +202,16 @@ def test_a_stop_is_told_to_the_shell(work):
 
 
 def test_the_scripts_of_the_plan(work, tmp_path):
-    done = script("prepare_data.py", work / "songs", tmp_path / "data")
-    assert done.returncode == 0, done.stderr
+    status, text = script("prepare_data.py", work / "songs", tmp_path / "data")
+    assert status == 0, text
     rows = json.loads((tmp_path / "data/metadata.json").read_text())
     assert {row["audio"].split("/")[0] for row in rows} == {"train", "valid"} and all(row["text"] for row in rows)
     assert soundfile.info(tmp_path / "data" / rows[0]["audio"]).samplerate == 32000
-    done = script("train_lora.py", *train(work, "script")[2:], f"data={tmp_path}/data", f"output={tmp_path}/output")
+    command = [sys.executable, root / "scripts/train_lora.py", *train(work, "script")[2:], f"data={tmp_path}/data", f"output={tmp_path}/output"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=200)
     assert done.returncode == 0, done.stderr
-    done = script("inference_lora.py", "--model", work / "tiny", "--adapter", tmp_path / "output", "--prompt", "techno", "--seconds", 3.2,
-                  "--out", tmp_path / "made/beat.wav")
-    assert done.returncode == 0, done.stderr
-    done = script("evaluate.py", work / "songs", tmp_path / "made", "--out", tmp_path / "report.html")
-    assert done.returncode == 0 and "<audio" in (tmp_path / "report.html").read_text(), done.stderr
+    status, text = script("inference_lora.py", "--model", work / "tiny", "--adapter", tmp_path / "output", "--prompt", "techno", "--seconds", 3.2,
+                          "--out", tmp_path / "made/beat.wav")
+    assert status == 0, text
+    status, text = script("evaluate.py", work / "songs", tmp_path / "made", "--out", tmp_path / "report.html")
+    assert status == 0 and "<audio" in (tmp_path / "report.html").read_text(), text
