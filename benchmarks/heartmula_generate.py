@@ -2,7 +2,8 @@
 longest song there could be, read whole through a mask; each token fetched from the device. The same random weights, side by side,
 greedy, guidance 1.5, one song; the release's depths and heads at a fraction of its width, and the cache's length reduced with the
 width, so that weights and cache have the release's proportions.
-Run it with nothing else on the machine:  python benchmarks/heartmula_generate.py  (a few minutes, 4 GB of memory)"""
+And our loop against the speed at which this machine's memory gives the weights: on a graphics card in the release's own shape.
+Run it with nothing else on the machine:  python benchmarks/heartmula_generate.py  (a few minutes, 4 GB of memory; on a card 40 GB)"""
 import argparse
 import time
 from statistics import median
@@ -12,6 +13,7 @@ from machine import processor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from musiclab.dense import can_int8
 from musiclab.heartmula.checkpoint import RELEASE, Config, Stack, random_weights
 from musiclab.heartmula.frames import FastModel, Writing, write
 from musiclab.heartmula.model import LONGEST, llama, of_release
@@ -128,6 +130,42 @@ def race(ways: dict, frames: int, rounds: int) -> dict[str, float]: # ms per fra
     return {name: median(each) for name, each in times.items()}
 
 
+def our_way(lm, prompt: Prompt, temperature: float = 0, **how):
+    "Frames -> tokens, by our loop."
+    fast = FastModel(lm, **how)
+    return lambda n: write(Writing(fast, [prompt], n, Sampler([0], temperature, top_k=50), end=lm.config.audio_vocab))[0]
+
+
+def bandwidth(device: str) -> float: # bytes per second
+    "How fast memory is read and written, by copying a gigabyte."
+    source = torch.ones(2**28, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(6):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda": torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * 4 * 2**28 / min(times)
+
+
+def against_memory(factor: int, device: str, frames: int, rounds: int) -> None:
+    "Our loop, and the time in which its weights could be read once: the backbone for each frame, the local decoder for each codebook but the first."
+    config, prompt = shrunk(factor), Prompt(torch.randint(1, 1000, (60,)).numpy(), 20)
+    torch.manual_seed(0)
+    with torch.device(device): weights = {name: weight.bfloat16() for name, weight in random_weights(config).items()}
+    times = {"backbone.": 1, "decoder.": config.codebooks - 1, "projection.": 1, "codebook0_head.": 1, "audio_head": 1}
+    read = sum(count * weight.numel() for name, weight in weights.items() for part, count in times.items() if name.startswith(part))
+    lm, limit = of_release(weights, config), bandwidth(device)
+    where = torch.cuda.get_device_name() if device == "cuda" else processor()
+    print(f"\nwidth {config.backbone.width}, guidance 1.5, top k 50, one song, on {where}, which copies {limit / 1e9:.0f} GB/s")
+    for name, size, how in (("bfloat16", 2, {}), ("int8", 1, {"int8": True})):
+        if how and not can_int8(torch.device(device)): continue
+        ms = race({name: our_way(lm, prompt, temperature=1.0, **how)}, frames, rounds)[name]
+        share = size * read / limit * 1000 / ms
+        print(f"  {name:9} {ms:8.2f} ms per frame {1000 / ms:7.2f} frames/s {80 / ms:6.2f} x real time, reads {size * read / 1e9:.2f} GB per frame: "
+              f"{share:.0%} of the memory's speed" + (f" (goal 50%: {'reached' if share >= 0.5 else 'MISSED'})" if device == "cuda" and not how else ""))
+
+
 def main(factor: int, length: int, frames: int, rounds: int) -> None:
     config = shrunk(factor)
     torch.manual_seed(0)
@@ -135,18 +173,14 @@ def main(factor: int, length: int, frames: int, rounds: int) -> None:
     lm = of_release(weights, config)
     prompt = Prompt(torch.randint(1, 1000, (60,)).numpy(), 20)
 
-    def our_way(**how):
-        fast = FastModel(lm, **how)
-        return lambda n: write(Writing(fast, [prompt], n, Sampler([0], temperature=0), end=config.audio_vocab))[0]
-
-    ways = {"as the original": lambda n: plain_way(weights, config, prompt, n, length), "musiclab, float32": our_way()}
+    ways = {"as the original": lambda n: plain_way(weights, config, prompt, n, length), "musiclab, float32": our_way(lm, prompt)}
     size = sum(weight.numel() for weight in weights.values())
     print(f"\n28 + 3 layers of width {config.backbone.width}, {size / 1e6:.0f} M weights, a cache of {length} rows in the plain loop")
     print(f"  greedy tokens equal: {torch.equal(ways['as the original'](frames), ways['musiclab, float32'](frames))}")
     counts = {name: operators(way) for name, way in ways.items()}
     half = {name: weight.bfloat16() for name, weight in weights.items()}
-    ways |= {"as the original, bf16": lambda n: plain_way(half, config, prompt, n, length), "musiclab, bfloat16": our_way(dtype=torch.bfloat16),
-             "musiclab, int8": our_way(int8=True)}
+    ways |= {"as the original, bf16": lambda n: plain_way(half, config, prompt, n, length), "musiclab, bfloat16": our_way(lm, prompt, dtype=torch.bfloat16),
+             "musiclab, int8": our_way(lm, prompt, int8=True)}
     same = (ways["as the original, bf16"](frames) == ways["musiclab, bfloat16"](frames)).all(1)
     print(f"  in bfloat16 the first {int(same.cumprod(0).sum())} of {frames} frames are equal: random weights have near ties, which rounding decides")
     times = race(ways, frames, rounds)
@@ -165,4 +199,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    card = torch.cuda.is_available()
+    against_memory(1 if card else max(options.factor[0], 2), "cuda" if card else "cpu", 200 if card else options.frames, options.rounds)
     for factor in options.factor: main(factor, options.length or LONGEST // factor, options.frames, options.rounds)
