@@ -19,7 +19,6 @@ from .adapter_files import find # noqa: F401 (for those who deal with adapters o
 from .core import MusiclabError, prepare_imports, seed_from
 from .layers import base_weight, choose, linears, nearby, outside_adapters, plain, replace_module
 from .layers import quantize, weight_bytes # noqa: F401 (likewise)
-from .weights import fill, read_tensors
 
 prepare_imports()
 from peft import LoraConfig, inject_adapter_in_model
@@ -325,5 +324,5 @@ def merge_result(
         load(model, result, formats, strength=strength)
         return merge(model)
     if strength != 1: raise MusiclabError("a model that was trained whole has no strength", "strength", "Leave it at 1")
-    fill(model, read_tensors([whole]), whole)
+    load_modules(model, whole)
     return model

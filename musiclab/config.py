@@ -233,6 +233,7 @@ class TrainConfig(Saving, Watching, Machine, Steps, Adapter, Songs): # what is n
         if self.method == "full":
             if self.quantize: raise ValueError("method=full trains what quantize would freeze: use an adapter, or quantize=none")
             if self.init_adapter: raise ValueError("method=full has no adapter: merge init_adapter into the model first")
+        if self.quantize and self.strategy == "fsdp": raise ValueError("strategy=fsdp cuts weights up, and quantised ones cannot be cut: strategy=ddp, or quantize=none")
         if self.restarts > 1 and self.schedule != "cosine_with_restarts":
             raise ValueError(f"restarts={self.restarts} is for schedule=cosine_with_restarts, not {self.schedule}")
         return self

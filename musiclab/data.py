@@ -21,13 +21,12 @@ def drawn(
     groups: Iterable[str], # songs
     share: float, # of them, on average
     seed: int = 0, # another seed, another draw
-) -> set[str]: # the songs set aside: neither none nor all, when there are at least two
+) -> set[str]: # the songs set aside: never all; and not none, when there are at least two
     "Draw songs by lots that depend on each one's name alone."
     lots = {group: seed_from(seed, "split", group) / 2**63 for group in groups}
     chosen = {group for group, lot in lots.items() if lot < share}
-    if share and len(lots) > 1:
-        chosen = chosen or {min(lots, key=lots.get)}
-        if len(chosen) == len(lots): chosen -= {max(lots, key=lots.get)}
+    if share and len(lots) > 1: chosen = chosen or {min(lots, key=lots.get)}
+    if chosen == lots.keys(): chosen -= {max(lots, key=lots.get, default=None)}
     return chosen
 
 # %% ../nbs/0_shared/05e_data.ipynb #86da31fe
@@ -36,14 +35,15 @@ def split(
     valid: float = 0.2, # the share of songs to hold back, on average
     seed: int = 0, # another seed, another split
 ) -> tuple[Tracks, Tracks]: # for training, for validation; each says so in `extra["split"]`
-    "Split by song: no group is on both sides. A given split is kept; tracks that it leaves out go where their song is, else are drawn."
+    "Split by song: no group is on both sides. A given split is kept; tracks that it leaves out go where their song is, else they train, or are drawn where it has no part for validation."
     if not 0 <= valid < 1: raise MusiclabError(f"a share of {valid} cannot be held back", "split", "Choose a number below 1, such as 0.2")
     groups, given = tracks.column("group"), tracks.column("split")
     side_of = {"train": "train", "valid": "valid", "test": "test" if "valid" in given else "valid"}
-    sides = [side_of.get(part) for part in given] if {"train", "valid"} <= {side_of.get(part) for part in given} else [None] * len(tracks)
+    sides = [side_of.get(part) for part in given]
+    if len(set(sides)) == 1 or not {"train", None} & set(sides): sides = [None] * len(tracks) # one name for all is no split
     home = dict(reversed([(group, side) for group, side in zip(groups, sides) if side])) # where each song was met first
     leaks = {group for group, side in zip(groups, sides) if side and side != home[group]}
-    chosen = drawn(set(groups) - home.keys(), valid, seed)
+    chosen = drawn(set(groups) - home.keys(), 0 if "valid" in sides else valid, seed)
     sides = [side or home.get(group) or ("valid" if group in chosen else "train") for group, side in zip(groups, sides)]
     def part(name):
         rows = [i for i, side in enumerate(sides) if side == name]

@@ -231,7 +231,7 @@ def forecast(
 ) -> Forecast:
     "What a training will take."
     parts = memory(config)
-    try: train, valid = read_data(config)
+    try: train, valid = read_data(config, copies=False)
     except MusiclabError as error:
         if "cannot be downloaded" in error.what or "no such" in error.what: return Forecast(parts)
         raise

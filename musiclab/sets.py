@@ -66,7 +66,7 @@ def fitted(
         if track.seconds < one.min_seconds: return Problem(track.key, f"{track.seconds:.1f} s, shorter than min_seconds={one.min_seconds:g}")
     told = ({"weight": one.weight * track.extra.get("weight", 1.0)} if one.weight != 1 else {}) | ({"split": one.split} if one.split else {})
     track = worded(track, one)
-    return replace(track, extra=dict(track.extra) | told)
+    return replace(track, group="" if track.group == track.key else track.group, extra=dict(track.extra) | told) # 01.wav of another set is another song
 
 # %% ../nbs/0_shared/07c_sets.ipynb #3791e7ae
 def pieces(

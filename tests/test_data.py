@@ -123,7 +123,10 @@ def test_a_given_split_is_kept(tmp_path):
 @pytest.mark.parametrize("sides, wanted", [
     ([("a", "train"), ("b", "test")], {"a": "train", "b": "valid"}), # a test part serves where there is no other
     ([("a", "train"), ("b", "validation"), ("c", "test")], {"a": "train", "b": "valid"}), # else it is left alone
-    ([("a", "train"), ("b", "valid"), ("b", None)], {"a": "train", "b": "valid", "b#2": "valid"})]) # what was left out follows its song
+    ([("a", "train"), ("b", "valid"), ("b", None)], {"a": "train", "b": "valid", "b#2": "valid"}), # what was left out follows its song
+    ([("a", None), ("b", "valid"), ("c", None)], {"a": "train", "b": "valid", "c": "train"}), # or trains, where somebody has named what validates
+    ([("a", "train"), ("b", None), ("c", "train")], {"a": "train", "b": "train", "c": "train"}), # one song alone is not held back
+    ([("a", "valid"), ("b", "test")], {"b": "train", "a": "valid"})]) # something must be learned from: by lot
 def test_parts_of_a_given_split(sides, wanted):
     from musiclab.tracks import SPLITS
     tracks = Tracks.gather(Track(name, group=name, extra={"split": SPLITS[side]} if side else {}) for name, side in sides)
@@ -149,7 +152,7 @@ def test_songs_do_not_move_when_others_come(old, new, share, seed):
     assert drawn(old + new + many, share, seed) & set(old) == lots
     few = drawn(old, share, seed)
     assert len(few ^ lots) <= (lots in (set(), set(old))) # one song is moved, only when the lots alone would leave a side empty
-    if len(set(old)) > 1: assert 0 < len(few) < len(set(old))
+    assert (len(set(old)) > 1) <= len(few) < len(set(old))
 
 
 @settings(max_examples=40, deadline=None)

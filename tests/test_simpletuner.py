@@ -219,6 +219,17 @@ def test_backends_as_they_are_written(here, songs):
         with pytest.raises(MusiclabError, match=said): simpletuner.load("env=demo")
 
 
+def test_an_eval_set_validates_and_copies_of_its_songs_are_not_learned(here, songs):
+    (here / "kept").mkdir()
+    for file in songs.glob("000*"): shutil.copy(file, here / "kept" / f"another name{file.suffix}")
+    local = {"type": "local", "caption_strategy": "textfile"}
+    environment(here, backends=[{"id": "a", "instance_data_dir": str(songs), **local},
+                                {"id": "b", "instance_data_dir": "kept", "dataset_type": "eval", **local}])
+    train, valid = read_data(load_config("env=demo", ["store=store"]))
+    first = sorted(path.stem for path in songs.glob("*.flac"))
+    assert (sorted(train.column("key")), sorted(valid.column("key"))) == (first[1:], [first[0], "another name"])
+
+
 def test_captions_of_every_strategy(songs):
     def texts(**more):
         given = translate_backends({"type": "local", "instance_data_dir": str(songs), **more}, "ace_step", "x")
