@@ -83,7 +83,7 @@ def write(
                 for at in range(0, samples.shape[1], rate): file.write(samples[:, at:at + rate].clip(-1, 1).T)
             atomic_write(path, memory.getvalue())
     except (OSError, RuntimeError) as error:
-        raise MusiclabError(f"cannot be written ({error})", path, "Check the folder and its space, or choose another format") from error
+        raise MusiclabError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path, "Check the folder and its space, or choose another format") from error
     return path
 
 # %% ../nbs/0_shared/01_audio.ipynb #c4985fe8

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .audio import AUDIO_SUFFIXES
-from .core import MusiclabError, Problem, home, prepare_imports, progress
+from .core import MusiclabError, Problem, home, not_there, prepare_imports, progress
 from .files import Root, decode_text, describe, walk
 from .rows import audiocraft_rows, csv_rows, hf_rows, inside, json_rows, jsonl_rows, row_tracks, saved_by_hf, split_of
 from .tracks import MIDI_SUFFIXES, SPLITS, Source, Track, Tracks, file_bytes
@@ -128,10 +128,9 @@ def fetch_hf(
     prepare_imports()
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(repo, repo_type="dataset", revision=revision or None, local_dir=home()/"datasets"/repo))
-    except Exception as error: # offline, mistyped, gated: the library has a type for each, the reader needs one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MusiclabError(f"no such folder here, and it cannot be downloaded ({reason})", name,
-            "Check the name and the connection; behind a firewall set HF_ENDPOINT=https://hf-mirror.com") from error
+    except Exception as error:
+        said = not_there(error, name, "or give a local folder")
+        raise MusiclabError(f"no such folder here, and it {said.what}", name, said.fix) from error
 
 def stream(
     format: str, # as `detect` names it

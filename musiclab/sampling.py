@@ -7,6 +7,7 @@ __all__ = ['NOISE', 'Sampler']
 from collections.abc import Sequence
 import torch
 from torch import Tensor
+from .core import MusiclabError
 
 # %% ../nbs/0_shared/08b_sampling.ipynb #84fbe020
 NOISE = 64 # steps whose noise is drawn at once
@@ -19,6 +20,8 @@ class Sampler:
         top_k: int = 250, # choose among this many; 0: all
         top_p: float = 1.0, # choose among the best that have this share of the chances; 1: all
     ):
+        for name, value, fine in ("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1):
+            if not fine: raise MusiclabError(f"cannot be {value}", name, "temperature and top_k are 0 or more, top_p is above 0 and at most 1")
         self.seeds, self.temperature, self.top_k, self.top_p, self.noise = seeds, temperature, top_k, top_p, None
 
     def refill(self, codebooks: int, card: int, device: torch.device) -> None:

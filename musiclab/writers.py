@@ -61,8 +61,9 @@ def copy_files(
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.path is None: target.write_bytes(source.read())
             else:
-                try: shutil.copyfile(source.path, target)
+                try: Path(source.path).open("rb").close() # a song that cannot be read has itself to blame, one that cannot be written the disk
                 except OSError as error: raise MusiclabError(error.strerror, source.name, "Write check(tracks).tracks instead") from error
+                shutil.copyfile(source.path, target)
         yield track, files
 
 # %% ../nbs/0_shared/05d_writers.ipynb #acfbfbe3

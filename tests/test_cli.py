@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from click import unstyle
 from typer.testing import CliRunner
 
@@ -188,6 +189,35 @@ def test_errors_are_one_clear_line(args, said, work):
     status, text = run(*args)
     assert status == 1 and said in text and len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--set", "temperature=hot"], "--temperature: cannot be 'hot'. Give a number"),
+    (["--steps", 3], "--steps: MusicGen (text to music, EnCodec tokens) has no such setting. See"),
+    (["--top-k", -1], "top_k: cannot be -1"),
+    (["--continue", "x.mid"], "x.mid: is notes, and this model goes on from sound"),
+    (["--device", "gpu"], "no such device: 'gpu'"),
+], ids=lambda a: " ".join(map(str, a)) if isinstance(a, list) else None)
+def test_what_generate_is_given_is_checked(args, said, work):
+    status, text = run("generate", "--model", work / "tiny", "--prompt", "a", "--seconds", 0.1, "--out", work / "x.wav", *args)
+    assert status == 1 and said in text and text.count("\n") == 1
+
+
+def test_an_adapter_knows_its_model(work):
+    assert run("generate", "--adapter", work / "run", "--prompt", "a", "--seconds", 0.1, "--out", work / "own.wav")[0] == 0
+    assert json.loads((work / "own.json").read_text())["model"] == str(work / "tiny")
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (KeyboardInterrupt(), 130, "error: stopped\n"),
+    (OSError(28, "No space left on device", "there"), 1, "error: there: No space left on device. Free some space and give the command again\n"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: the graphics card is out of memory"),
+], ids=["ctrl-c", "full disk", "full card"])
+def test_what_the_machine_refuses_is_one_line(error, status, said, monkeypatch):
+    def refuse(): raise error
+    monkeypatch.setattr("musiclab.doctor.examine", refuse)
+    ended, text = run("doctor")
+    assert ended == status and text.startswith(said) and text.count("\n") == 1
 
 
 def test_debug_shows_the_traceback():

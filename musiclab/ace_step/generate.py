@@ -22,6 +22,7 @@ from .schedule import make_sampler
 from .transformer import Transformer, open_transformer
 from ..audio import Audio
 from ..core import MusiclabError, fetch, free, pick_device, pick_dtype, progress
+from ..files import words_in
 
 # %% ../../nbs/2_ace_step/29b_generate.ipynb #c03a682e
 def weakened(
@@ -203,8 +204,8 @@ def play(
     low_vram: bool = False,
 ) -> list[Audio]:
     "`generate` as a command line can say it: only numbers and texts."
-    if lyrics and len(lyrics) < 256 and "\n" not in lyrics and Path(lyrics).is_file(): lyrics = Path(lyrics).read_text(encoding="utf-8")
-    change = change_of(start, repaint, extend, was, was_lyrics, resemble, variance)
+    lyrics = words_in(lyrics)
+    change = change_of(start, repaint, extend, was, words_in(was_lyrics), resemble, variance)
     try: entries = [int(entry) for entry in str(oss).split(",") if entry]
     except ValueError: raise MusiclabError(f"{oss!r} is not a list of whole numbers", "oss", "Such as 16,29,52,96") from None
     dials = Guidance(guidance, guidance_kind, tag_guidance, lyric_guidance, interval, decay)
