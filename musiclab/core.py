@@ -150,11 +150,12 @@ def pick_dtype(
 def free(
     device, # torch.device
 ) -> None:
-    "Give the memory of what was dropped back to the graphics card."
+    "Give the memory of what was dropped back to the graphics card. The main memory has it back by itself."
+    if device.type != "cuda": return
     import gc
     import torch
     gc.collect()
-    if device.type == "cuda": torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 # %% ../nbs/0_shared/00_core.ipynb #49e574dc
 def sync(

@@ -1,6 +1,8 @@
 "ACE-Step's songs: seeds, neighbours, changes, adapters of every kind, the command line, and what cannot be done."
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -116,6 +118,13 @@ def test_adapters_of_every_kind_play_the_same(tiny, adapter):
         assert apart(song, base) > 0.02, name
         assert apart(song, songs["peft"]) < 2e-3, name
     assert apart(play(tiny, lyrics=LYRICS, adapter=adapter / "peft", strength=0.0)[0], base) < 1e-4
+
+
+def test_what_is_dropped_is_gone_at_once(tiny, adapter):
+    "A model of gigabytes must not wait for the garbage collector."
+    gc.disable()
+    try: assert [weakref.ref(open())() for open in (lambda: open_model(tiny, adapter / "peft"), lambda: open_codec(tiny).vocoder)] == [None, None]
+    finally: gc.enable()
 
 
 def test_an_adapter_of_another_model_is_refused(tiny, adapter, tmp_path):

@@ -4,7 +4,6 @@ import html
 import json
 import time
 
-import nbformat
 import numpy as np
 import pytest
 
@@ -34,11 +33,13 @@ def views(): return players.views()
 def exported(views) -> str:
     "A notebook with these outputs, as nbconvert writes it."
     from nbconvert import HTMLExporter
-    cells = [nbformat.v4.new_code_cell(name, outputs=[nbformat.v4.new_output("display_data", {"text/html": view.html})]) for name, view in views.items()]
-    return HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=cells))[0]
+    from nbformat import v4
+    cells = [v4.new_code_cell(name, outputs=[v4.new_output("display_data", {"text/html": view.html})]) for name, view in views.items()]
+    return HTMLExporter().from_notebook_node(v4.new_notebook(cells=cells))[0]
 
 
 def start_lab(page, lab, names):
+    import nbformat
     cells = [nbformat.v4.new_markdown_cell("## Players"), *map(nbformat.v4.new_code_cell, [BUILD, *(f"shown[{name!r}]" for name in names), LIVE])]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), lab.folder / "players.ipynb")

@@ -154,7 +154,8 @@ def test_what_a_finished_run_leaves_running_is_ended(settings, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
 def test_nothing_is_left_running_when_our_side_ends(settings, tmp_path, number):
     craft = settings(dora=STUBBORN)
-    code = (f"from musiclab.musicgen.launch import launch; from musiclab.musicgen.overrides import Craft; import sys\n"
+    code = (f"from musiclab.musicgen.launch import launch; from musiclab.musicgen.overrides import Craft; import signal, sys\n"
+            f"signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs these tests may be deaf to it
             f"ended = launch(Craft(**{craft.model_dump()!r}), patience=0.3); sys.exit(ended.stopped)")
     ours = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in wait_for(lambda: (tmp_path / "run/pids").exists() and (tmp_path / "run/pids").read_text()).split()]
