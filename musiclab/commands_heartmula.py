@@ -43,8 +43,9 @@ def tokenize(
         count, problems = module.tokenize_data(where, out, module.Tokens(encoder, codec), store or home()/"features", chosen, sound, to)
         text = f"wrote {count} tracks with tokens to {out}"
     else:
-        module.look_for_songs(where) # before a model is loaded, or downloaded
-        text = module.tokenize_folder(where, open_tokenizer(encoder, codec, chosen), codec_config(partner(encoder, codec)), again, identity(encoder, codec))
+        module.look_for_songs(where) # before a model is downloaded
+        maker = identity(encoder, codec)
+        text = module.tokenize_folder(where, lambda: open_tokenizer(encoder, codec, chosen), codec_config(partner(encoder, codec)), again, maker)
         problems = text.problems
     for problem in problems: typer.echo(f"left out {problem}", err=True)
     typer.echo(text)
@@ -56,10 +57,10 @@ def decode(
     out: Annotated[Path, typer.Option(help="The folder for the sound.")] = Path("decoded"),
     codec: Annotated[Optional[str], typer.Option(help="A folder with the codec, or its hub name; by default HeartCodec-oss-20260123.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="From noise to music; fewer are quicker, and blur.")] = 10,
-    guidance: Annotated[float, typer.Option(help="How clearly the tokens are followed; 1 is off, and twice as fast.")] = 1.25,
+    guidance: Annotated[float, typer.Option(min=1, help="How clearly the tokens are followed; 1 is off, and twice as fast.")] = 1.25,
     seconds: Annotated[float, typer.Option(help="Decoded at once: 7.44, 14.88, 22.32 or 29.76.")] = 29.76,
     seed: Annotated[int, typer.Option(help="Of the details that tokens leave open.")] = 0,
-    format: Annotated[str, typer.Option(help="wav, flac, mp3, ogg.")] = "wav",
+    format: Annotated[str, typer.Option(help="wav, flac, aiff, ogg, opus, mp3.")] = "wav",
     precision: Annotated[str, typer.Option(help="auto, fp32, or fp16: three times as fast on a graphics card.")] = "auto",
     device: Device = "auto",
 ):
@@ -69,16 +70,18 @@ def decode(
     `musiclab heartmula decode song.tokens.npy`
     `musiclab heartmula decode my_songs --out decoded --format mp3 --steps 5`
     """
+    from musiclab.audio import WRITABLE
     from musiclab.core import MusiclabError, Problem, pick_device, pick_dtype
     from musiclab.heartmula import tokenize as module
     from musiclab.heartmula.checkpoint import PARTS
     from musiclab.heartmula.codec import check_window
     from musiclab.heartmula.codec_files import open_codec
     files, chosen = module.token_files(tokens), pick_device(device)
+    if f".{format}" not in WRITABLE: raise MusiclabError("cannot be written", f"--format {format}", f"Choose one of {' '.join(suffix[1:] for suffix in WRITABLE)}")
     check_window(round(seconds * 12.5))
     number = pick_dtype(chosen, "fp16" if precision == "auto" and chosen.type == "cuda" else "fp32" if precision == "auto" else precision)
     opened, done = open_codec(codec or PARTS["codec"][0], number, chosen), 0
     for made in module.decode_files(files, out, opened, f".{format}", steps=steps, guidance=guidance, window=round(seconds * 12.5), seed=seed):
         done += not isinstance(made, Problem)
         typer.echo(f"left out {made}" if isinstance(made, Problem) else f"wrote {made}", err=isinstance(made, Problem))
-    if not done: raise MusiclabError(f"none of the {len(files)} files could be decoded", out)
+    if not done: raise MusiclabError(f"none of the {len(files)} files could be decoded", tokens[0], "The lines above say why")

@@ -40,14 +40,14 @@ def estimator_1(work) -> None:
 def estimator_2(shifted) -> None:
     "Exercise of `3_heartmula/31a_estimator`: the same arrows, further on."
     import torch
-    from musiclab.heartmula.estimator import turned, turns
+    from musiclab.heartmula.estimator import rotary_angles, rotate
     x = torch.randn(1, 2, 30, 16, generator=torch.Generator().manual_seed(0))
     answer = shifted(x, 7)
     assert answer is not None, _nothing
     assert answer.shape == x.shape, f"As many arrows as before, {list(x.shape)}; yours are {list(answer.shape)}."
-    assert not torch.allclose(answer, turned(x, turns(30, 16)), atol=1e-4), "The first arrow stands at place 0 still: leave out the first angles of a longer table."
+    assert not torch.allclose(answer, rotate(x, rotary_angles(30, 16)), atol=1e-4), "The first arrow stands at place 0 still: leave out the first angles of a longer table."
     long = torch.cat([torch.zeros(1, 2, 7, 16), x], 2)
-    assert torch.allclose(answer, turned(long, turns(37, 16))[:, :, 7:], atol=1e-4), "Not yet: cosine and sine from place `by` on."
+    assert torch.allclose(answer, rotate(long, rotary_angles(37, 16))[:, :, 7:], atol=1e-4), "Not yet: cosine and sine from place `by` on."
 
 # %% ../../nbs/5_tools/53ia_checks_heartmula_codec.ipynb #b89ea6fe
 def flow_1(moments) -> None:

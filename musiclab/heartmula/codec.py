@@ -31,7 +31,7 @@ def check_window(
     window: int, # token frames
 ) -> None:
     "Raises MusiclabError for a length that windows cannot have."
-    if window <= 0 or window % UNIT: raise MusiclabError(f"a window of {window} token frames", "window", f"Take a multiple of {UNIT} (7.44 seconds), such as {WINDOW}")
+    if window <= 0 or window % UNIT: raise MusiclabError(f"windows of {window} token frames ({window * 0.08:.2f} seconds) do not exist", "window", f"Take a multiple of {UNIT} frames (7.44 seconds), such as {WINDOW} (29.76 seconds)")
 
 # %% ../../nbs/3_heartmula/32a_codec.ipynb #8a1c2da7
 def check_codes(

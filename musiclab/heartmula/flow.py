@@ -9,20 +9,21 @@ from torch import Tensor, nn
 from .estimator import Estimator
 from .quantizer import CodecConfig, Quantizer
 
-# %% ../../nbs/3_heartmula/31b_flow.ipynb #174a42fc
+# %% ../../nbs/3_heartmula/31b_flow.ipynb #138ca8e3
 def velocity(
     estimator: nn.Module, # [batch, frames, 2 · out_channels + dim], [batch] -> [batch, frames, out_channels]
     x: Tensor, # [batch, frames, out_channels] where we are
     before: Tensor, # [batch, frames, out_channels] what is known of the song, else zeros
     mu: Tensor, # [batch, frames, dim] what the codes say
-    t: float, # when
-    guidance: float, # 1: as the codes say; more: away from what would be played without them
+    t: float, # the moment, 0..1
+    guidance: float, # 1 or less: as the codes say; more: away from what would be played without them
 ) -> Tensor: # [batch, frames, out_channels]
     "Where to go. With guidance both questions are asked at once. Source: Ho and Salimans 2022, arXiv 2207.12598."
-    told = torch.cat([torch.zeros_like(mu), mu]) if guidance > 1 else mu
-    here = torch.cat([x, before], -1).repeat(len(told) // len(x), 1, 1)
+    twice = guidance > 1
+    told, here = mu, torch.cat([x, before], -1)
+    if twice: told, here = torch.cat([torch.zeros_like(mu), mu]), here.repeat(2, 1, 1)
     v = estimator(torch.cat([here, told], -1).to(mu.dtype), torch.full(told.shape[:1], t, device=x.device)).to(x.dtype)
-    if guidance <= 1: return v
+    if not twice: return v
     free, led = v.chunk(2)
     return free + guidance * (led - free)
 
@@ -34,12 +35,12 @@ class Flow(nn.Module):
     ):
         super().__init__()
         self.vq_embed, self.cond_feature_emb = Quantizer(c), nn.Linear(c.dim, c.dim)
-        self.zero_cond_embedding1 = nn.Parameter(torch.randn(c.dim))
+        self.zero_cond_embedding1 = nn.Parameter(torch.randn(c.dim)) # what stands where there are no codes
         self.estimator = Estimator(c)
 
     def condition(self,
         codes: Tensor, # int64 [batch, codebooks, frames]
-        known: int | None = None, # latent frames that the codes speak for; None: all
+        known: int | None = None, # latent frames for which the codes speak, as in padded batches; None: all
     ) -> Tensor: # [batch, 2 · frames, dim]
         "What the estimator is told about each latent frame."
         mu = self.cond_feature_emb(self.vq_embed.decode(codes.mT)).repeat_interleave(2, 1)
@@ -52,15 +53,15 @@ class Flow(nn.Module):
         noise: Tensor, # float32 [batch, 2 · frames, out_channels] from where to start: steps are added up exactly, whatever the estimator's precision
         before: Tensor | None = None, # [batch, few, out_channels] the first latent frames, which are known
         steps: int = 10,
-        guidance: float = 1.25,
+        guidance: float = 1.25, # as for `velocity`
         known: int | None = None, # as for `condition`
-    ) -> Tensor: # [batch, 2 · frames, out_channels]
+    ) -> Tensor: # float32 [batch, 2 · frames, out_channels]
         "Walk from noise to music."
         mu, x, song = self.condition(codes, known), noise.clone(), torch.zeros_like(noise)
         kept = 0 if before is None else before.shape[1]
         if kept: song[:, :kept] = before
         for t in (step / steps for step in range(steps)):
-            x[:, :kept] = (1 - (1 - 1e-6) * t) * noise[:, :kept] + t * song[:, :kept]
+            x[:, :kept] = (1 - (1 - 1e-6) * t) * noise[:, :kept] + t * song[:, :kept] # on its straight line; the 1e-6 is the release's
             x = x + velocity(self.estimator, x, song, mu, t, guidance) / steps
         x[:, :kept] = song[:, :kept]
         return x

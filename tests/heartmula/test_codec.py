@@ -161,27 +161,29 @@ def songs(tmp_path) -> Path:
     return folder
 
 
-def test_a_folder_in_any_format_gets_its_tokens_once(songs, tokenizer, codec, monkeypatch):
-    first = tokenize.tokenize_folder(songs, tokenizer, codec.config)
+def test_a_folder_in_any_format_gets_its_tokens_once(songs, tokenizer, codec):
+    first = tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
     assert [path.name for path in first.made] == [f"{name}.tokens.npy" for name in "abcd"] and not first.problems
     assert all(np.load(path).shape == (26, 8) and np.load(path).dtype == np.int16 for path in first.made)
     assert "4 songs tokenised" in str(first)
-    monkeypatch.setattr(tokenizer.__class__, "encode", lambda *_: pytest.fail("nothing is to be done"))
-    again = tokenize.tokenize_folder(songs, tokenizer, codec.config)
-    assert len(again.kept) == 4 and not again.made
+    (songs / "page.mp3").write_text("<html>")  # a song that cannot be read is no reason to open the encoder either
+    again = tokenize.tokenize_folder(songs, lambda: pytest.fail("nothing is to be done"), codec.config)
+    assert len(again.kept) == 4 and len(again.problems) == 1 and "0 songs tokenised" in str(again) and "4 were up to date, 1 left out" in str(again)
+    (songs / "page.mp3").unlink()
     assert all(track.tokens for track in data.read(songs))
 
 
 def test_a_changed_song_and_broken_tokens_are_made_again(songs, tokenizer, codec):
-    made = tokenize.tokenize_folder(songs, tokenizer, codec.config).made
+    made = tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config).made
     later = made[0].stat().st_mtime + 5
     os.utime(songs / "a.wav", (later, later))
     made[1].write_bytes(made[1].read_bytes()[:50])
     np.save(made[2], np.full((26, 8), 99))
-    assert [path.name[0] for path in tokenize.tokenize_folder(songs, tokenizer, codec.config, maker="m" * 16).made] == ["a", "b", "c"]
+    report = tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config, maker="m" * 16)
+    assert [path.name[0] for path in report.made] == ["a", "b", "c"] and "anew: 1 changed, 2 damaged" in str(report)
     assert tokenize.maker_of(made[0]) == "m" * 16 and np.load(made[0]).shape == (26, 8)
-    assert [path.name[0] for path in tokenize.tokenize_folder(songs, tokenizer, codec.config, maker="n" * 16).made] == ["a", "b", "c"]
-    assert len(tokenize.tokenize_folder(songs, tokenizer, codec.config, again=True).made) == 4
+    assert [path.name[0] for path in tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config, maker="n" * 16).made] == ["a", "b", "c"]
+    assert len(tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config, again=True).made) == 4
 
 
 def test_what_is_stopped_goes_on_where_it_was(songs, tokenizer, codec, monkeypatch):
@@ -192,23 +194,41 @@ def test_what_is_stopped_goes_on_where_it_was(songs, tokenizer, codec, monkeypat
         return encode(self, sound)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer.__class__, "encode", stopped)
-        with pytest.raises(KeyboardInterrupt): tokenize.tokenize_folder(songs, tokenizer, codec.config)
+        with pytest.raises(KeyboardInterrupt): tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
     assert sorted(path.name for path in songs.rglob("*.npy")) == ["a.tokens.npy", "b.tokens.npy"] and not list(songs.rglob("*.part*"))
-    assert [path.name[0] for path in tokenize.tokenize_folder(songs, tokenizer, codec.config).made] == ["c", "d"]
+    assert [path.name[0] for path in tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config).made] == ["c", "d"]
+
+
+def test_a_full_disk_and_a_bad_encoder_stop_at_once(songs, tokenizer, codec, monkeypatch):
+    done, write = [], tokenize.atomic_file
+    def full(path):
+        if done: raise OSError(28, "No space left on device")
+        done.append(path)
+        return write(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "atomic_file", full)
+        with pytest.raises(MusiclabError, match=r"b.tokens.npy: cannot be written \(No space left"):
+            tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
+    assert [path.name for path in songs.rglob("*.npy")] == ["a.tokens.npy"]
+    def broken(): raise MusiclabError("the file is damaged", "encoder.safetensors")
+    with pytest.raises(MusiclabError, match="encoder.safetensors"): tokenize.tokenize_folder(songs, broken, codec.config)
+    monkeypatch.setattr(tokenize.os, "access", lambda place, how: place != songs)
+    report = tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
+    assert [path.name for path in report.made] == ["d.tokens.npy"] and "nothing can be written beside it" in str(report.problems[0])
 
 
 def test_bad_songs_do_not_stop_the_others(songs, tokenizer, codec, tmp_path):
     (songs / "page.mp3").write_text("<html>")
     (songs / "nothing.wav").touch()
     audio.write(songs / "a.flac", tones(1.0).samples, RATE)
-    report = tokenize.tokenize_folder(songs, tokenizer, codec.config)
+    report = tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
     assert len(report.made) == 4 and sorted(Path(problem.where).name for problem in report.problems) == ["a.wav", "nothing.wav", "page.mp3"]
     assert "another file there has the name a" in str([problem for problem in report.problems if problem.where.endswith("a.wav")][0])
     mistakes = {"nowhere": "no such folder", "empty": "no sound in it", "bad": "none of the 1 songs can be used"}
     for where, complaint in ((tmp_path / name, complaint) for name, complaint in mistakes.items()):
         if where.name != "nowhere": where.mkdir()
         if where.name == "bad": shutil.copy(songs / "page.mp3", where)
-        with pytest.raises(MusiclabError, match=complaint): tokenize.tokenize_folder(where, tokenizer, codec.config)
+        with pytest.raises(MusiclabError, match=complaint): tokenize.tokenize_folder(where, lambda: tokenizer, codec.config)
 
 
 def test_a_data_set_gets_a_column_of_tokens(songs, pair, tmp_path):
@@ -226,9 +246,10 @@ def test_a_data_set_gets_a_column_of_tokens(songs, pair, tmp_path):
 
 
 def test_tokens_come_back_as_sound(songs, tokenizer, codec, tmp_path):
-    tokenize.tokenize_folder(songs, tokenizer, codec.config)
+    tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
     np.savez(songs / "e.npz", tokens=np.load(songs / "a.tokens.npy").T)
     np.save(songs / "square.npy", np.zeros((8, 8), int))
+    np.save(songs / ".half.part.npy", np.zeros((30, 8), int))  # what a killed run may leave behind
     np.save(songs / "fractions.npy", np.zeros((8, 30)))
     made = list(tokenize.decode_files(tokenize.token_files([songs]), tmp_path / "out", codec, ".flac", **QUICK))
     sounds = [item for item in made if isinstance(item, Path)]
@@ -248,6 +269,9 @@ def test_the_commands_do_the_same(songs, pair, tmp_path):
     assert done.exit_code == 0 and json.loads((tmp_path / "out" / "a.json").read_text())["steps"] == 1
     for mistake, complaint in ((("tokenize", tmp_path / "out2"), "no such folder"),
                                (("tokenize", songs, "--encoder", tmp_path), "no HeartCodec-oss-encoder"),
+                               (("tokenize", songs / "a.wav"), "is a file, not a folder"),
+                               (("tokenize", songs, "--encoder", pair, "--out", songs), "not empty"),
+                               (("decode", songs, "--format", "xyz"), "cannot be written. Choose one of wav"),
                                (("decode", songs / "a.wav", "--codec", pair), "none of the 1 files"),
                                (("decode", songs, "--codec", songs), "no HeartCodec-oss"),
                                (("decode", songs, "--codec", pair, "--seconds", 5), "multiple of 93")):
@@ -302,7 +326,7 @@ def test_parts_are_found_beside_each_other_and_named_by_their_content(pair, tmp_
 def test_real_music_there_and_back(tokenizer, codec, tmp_path):
     folder = Path(os.environ["MUSICLAB_TEST_DATA"]) / "audio" / "tracks"
     for file in sorted(folder.glob("*.mp3"))[:2]: shutil.copy(file, tmp_path)
-    report = tokenize.tokenize_folder(tmp_path, tokenizer, codec.config)
+    report = tokenize.tokenize_folder(tmp_path, lambda: tokenizer, codec.config)
     tables = [np.load(path) for path in report.made]
     assert len(tables) == 2 and all(abs(len(table) - audio.load(path.with_name(path.name.replace(".tokens.npy", ".mp3"))).seconds * 12.5) <= 1
                                     for table, path in zip(tables, report.made))

@@ -15,7 +15,7 @@ from musiclab.heartmula.estimator import Estimator
 from musiclab.heartmula.flow import Flow
 from musiclab.heartmula.quantizer import CodecConfig, Quantizer, stacked
 from musiclab.heartmula.scalar_codec import ScalarCodec, rounded
-from musiclab.heartmula.streams import LOW, RATE, SPOKEN, TAIL, Streams, whisper_mel
+from musiclab.heartmula.streams import LOW, RATE, SPOKEN, TAIL, Listeners, whisper_mel
 from musiclab.weights import fill, folded
 from tests.parity.rows import Case, Row
 
@@ -53,8 +53,8 @@ def open_scalar(case: Case) -> ScalarCodec:
     return filled(scalar, own, case)
 
 
-def open_streams(case: Case, values: dict, weights: Mapping[str, Tensor]) -> Streams:
-    streams, spare = Streams(values), Streams(values, unused=True).state_dict().keys() - Streams(values).state_dict().keys()
+def open_streams(case: Case, values: dict, weights: Mapping[str, Tensor]) -> Listeners:
+    streams, spare = Listeners(values), Listeners(values, unused=True).state_dict().keys() - Listeners(values).state_dict().keys()
     named = {LEARNED.get(name, name): weight for name, weight in weights.items()}
     return filled(streams, {name: weight for name, weight in named.items() if name not in spare}, case)
 
