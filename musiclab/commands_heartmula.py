@@ -38,7 +38,7 @@ def tokenize(
     from musiclab.heartmula import tokenize as module
     from musiclab.heartmula.checkpoint import PARTS
     from musiclab.heartmula.codec_files import codec_config, identity, open_tokenizer, partner
-    encoder, chosen = encoder or PARTS["encoder"][0], pick_device(device)
+    encoder, chosen = encoder or PARTS["encoder"].home, pick_device(device)
     if out:
         count, problems = module.tokenize_data(where, out, module.Tokens(encoder, codec), store or home()/"features", chosen, sound, to)
         text = f"wrote {count} tracks with tokens to {out}"
@@ -80,7 +80,7 @@ def decode(
     if f".{format}" not in WRITABLE: raise MusiclabError("cannot be written", f"--format {format}", f"Choose one of {' '.join(suffix[1:] for suffix in WRITABLE)}")
     check_window(round(seconds * 12.5))
     number = pick_dtype(chosen, "fp16" if precision == "auto" and chosen.type == "cuda" else "fp32" if precision == "auto" else precision)
-    opened, done = open_codec(codec or PARTS["codec"][0], number, chosen), 0
+    opened, done = open_codec(codec or PARTS["codec"].home, number, chosen), 0
     for made in module.decode_files(files, out, opened, f".{format}", steps=steps, guidance=guidance, window=round(seconds * 12.5), seed=seed):
         done += not isinstance(made, Problem)
         typer.echo(f"left out {made}" if isinstance(made, Problem) else f"wrote {made}", err=isinstance(made, Problem))

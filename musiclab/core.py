@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['FOREIGN', 'MusiclabError', 'Stopped', 'Problem', 'Finding', 'home', 'ready_files', 'mask_broken', 'prepare_imports',
            'setup', 'pick_device', 'pick_dtype', 'free', 'sync', 'named_errors', 'atomic_file', 'atomic_write',
-           'atomic_folder', 'fresh_folder', 'sha256', 'fingerprint', 'seed_from', 'Draw', 'progress', 'not_there',
-           'fetch']
+           'atomic_folder', 'check_new', 'fresh_folder', 'sha256', 'fingerprint', 'seed_from', 'Draw', 'progress',
+           'not_there', 'fetch']
 
 # %% ../nbs/0_shared/00_core.ipynb #d9bec526
 import errno, hashlib, importlib, importlib.resources, importlib.util, json, logging, os, shutil, sys, tempfile, warnings
@@ -234,14 +234,20 @@ def atomic_folder(
         sync(path.parent)
     finally: shutil.rmtree(beside, ignore_errors=True)
 
+def check_new(
+    path: str | Path, # a folder that is to be made
+) -> None:
+    "Raises MusiclabError when something is there already: to be called before long work."
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MusiclabError("exists already and is not empty", path, "Choose a new folder")
+
 @contextmanager
 def fresh_folder(
     path: str | Path, # the folder to write
 ):
     "Gives a folder to fill, which takes the name `path` when all is written. A folder that holds something is not replaced: MusiclabError."
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise MusiclabError("exists already and is not empty", path, "Choose a new folder")
+    check_new(path)
     try:
         with atomic_folder(path) as beside: yield beside
     except OSError as error:

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ..audio import Audio
 from ..core import MusiclabError, atomic_folder, fetch, fingerprint, sha256
-from .checkpoint import PARTS, is_part
+from .checkpoint import PARTS, is_part, part_in
 from .codec import Codec
 from .encoder import AudioTokenizer, Encoder
 from .flow import Flow
 from .quantizer import CodecConfig, Quantizer, residual_tables, stacked, unstacked
 from .scalar_codec import ScalarCodec
+from .streams import FRAME, RATE
 from ..weights import fill, folded, read_json, read_tensors, unfolded, weight_files
 
 # %% ../../nbs/3_heartmula/33b_codec_files.ipynb #248dc864
@@ -28,11 +29,9 @@ def find_part(
     part: str, # "codec" or "encoder"
 ) -> Path:
     "Where a part lies. Raises MusiclabError when it is not there."
-    home, name, mark = PARTS[part]
-    place = fetch(folder, ("*.json", "*.safetensors"))
-    inside = [path for path in (place, *sorted(place.iterdir(), reverse=True)) if path.is_dir() and is_part(path, part)]
-    if not inside: raise MusiclabError(f"there is no {name} in it (its {mark})", folder, f"Give the folder of {home}")
-    return inside[0] # of several the newest
+    found, known = part_in(fetch(folder, ("*.json", "*.safetensors")), part), PARTS[part]
+    if not found: raise MusiclabError(f"there is no {known.folder} in it (its {known.mark})", folder, f"Give the folder of {known.home}")
+    return found
 
 # %% ../../nbs/3_heartmula/33b_codec_files.ipynb #d2cc9066
 def codec_names(
@@ -69,7 +68,7 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 def open_codec(
-    folder: str | Path = PARTS["codec"][0], # as for `find_part`
+    folder: str | Path = PARTS["codec"].home, # as for `find_part`
     dtype: torch.dtype = torch.float32, # of the flow: float32 or float16
     device: str | torch.device = "cpu", # where it will compute
     piece: int = 128, # latent frames that the scalar codec takes at once
@@ -88,13 +87,13 @@ def open_codec(
     return Codec(frozen(flow), frozen(scalar), piece)
 
 def codec_config(
-    folder: str | Path = PARTS["codec"][0], # as for `find_part`
+    folder: str | Path = PARTS["codec"].home, # as for `find_part`
 ) -> CodecConfig:
     "The sizes of a HeartCodec."
     return CodecConfig.of(read_json(find_part(folder, "codec")/"config.json"))
 
 def open_quantizer(
-    folder: str | Path = PARTS["codec"][0], # as for `find_part`
+    folder: str | Path = PARTS["codec"].home, # as for `find_part`
     device: str | torch.device = "cpu", # where it will compute
 ) -> Quantizer:
     "The codebooks of a HeartCodec, without the rest."
@@ -110,11 +109,11 @@ def partner(
 ) -> str | Path:
     "The codec of an encoder."
     if codec is not None: return codec
-    if str(folder) == PARTS["encoder"][0]: return PARTS["codec"][0]
+    if str(folder) == PARTS["encoder"].home: return PARTS["codec"].home
     return Path(folder).parent if is_part(Path(folder), "encoder") else folder
 
 def open_tokenizer(
-    folder: str | Path = PARTS["encoder"][0], # of the encoder, as for `find_part`
+    folder: str | Path = PARTS["encoder"].home, # of the encoder, as for `find_part`
     codec: str | Path | None = None, # of the codec, whose codebooks are needed; None: see `partner`
     device: str | torch.device = "cpu", # where it will compute
 ) -> AudioTokenizer:
@@ -132,7 +131,7 @@ def open_tokenizer(
     return AudioTokenizer(frozen(encoder), quantizer)
 
 def identity(
-    folder: str | Path = PARTS["encoder"][0], # as for `open_tokenizer`
+    folder: str | Path = PARTS["encoder"].home, # as for `open_tokenizer`
     codec: str | Path | None = None, # as for `open_tokenizer`
 ) -> str: # 16 hex digits
     "A name for all that tokens depend on: equal in every copy, different after any change."
@@ -174,10 +173,10 @@ def fit_quantizer(
     tokenizer: AudioTokenizer, # changed in place
 ) -> None:
     "Give a random encoder codebooks that follow the sound."
-    quantizer, rate = tokenizer.quantizer, 24_000
+    quantizer = tokenizer.quantizer
     tokenizer.encoder.feature_extractors.whisper_encoder.embed_positions.weight *= 0.1 # else it drowns what is heard
-    heard = tokenizer.vectors(Audio(random_chords(160, rate).numpy(), rate))
-    mean, inner, by_place = heard.mean(0), quantizer.embed.shape[2], heard.unflatten(0, (-1, tokenizer.encoder.chunk // 1920))
+    heard = tokenizer.vectors(Audio(random_chords(160, RATE).numpy(), RATE))
+    mean, inner, by_place = heard.mean(0), quantizer.embed.shape[2], heard.unflatten(0, (-1, tokenizer.encoder.chunk // FRAME))
     drift = torch.linalg.svd(by_place.mean(0) - mean, full_matrices=False)[2][:len(mean) // 2] # what places differ in
     clear = torch.eye(len(mean)) - drift.T @ drift
     _, size, ways = torch.linalg.svd((by_place - by_place.mean(0)).flatten(0, 1) @ clear, full_matrices=False)
@@ -211,10 +210,10 @@ def tiny_codec(
         fit_quantizer(AudioTokenizer(encoder, flow.vq_embed))
         set_loudness(Codec(flow, scalar))
     weights, heard = ({name: weight.detach().contiguous() for name, weight in names.items()} for names in (codec_names(flow, scalar), encoder_names(encoder)))
-    with atomic_folder(Path(folder)/PARTS["codec"][1]) as place:
+    with atomic_folder(Path(folder)/PARTS["codec"].folder) as place:
         (place/"config.json").write_text(json.dumps(TINY["codec"], indent=2), encoding="utf-8")
         save_torch_state_dict(weights, place, max_shard_size=int(0.6 * sum(weight.nbytes for weight in weights.values()))) # two, as the release
-    with atomic_folder(Path(folder)/PARTS["encoder"][1]) as place:
+    with atomic_folder(Path(folder)/PARTS["encoder"].folder) as place:
         (place/"encoder_config.json").write_text(json.dumps(TINY["encoder"], indent=2, sort_keys=True), encoding="utf-8")
         save_file(heard, place/"encoder.safetensors", metadata={"format": "pt"})
     return Path(folder)

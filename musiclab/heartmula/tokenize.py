@@ -148,7 +148,7 @@ class Tokens:
     name, where = "tokens", "device"
 
     def __init__(self,
-        folder: str | Path = PARTS["encoder"][0], # the encoder, as for `open_tokenizer`
+        folder: str | Path = PARTS["encoder"].home, # the encoder, as for `open_tokenizer`
         codec: str | Path | None = None, # the codec, as for `open_tokenizer`
     ): self.folder, self.codec = folder, codec
 

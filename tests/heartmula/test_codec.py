@@ -18,7 +18,8 @@ from musiclab.core import MusiclabError, Problem
 from musiclab.features import prepare
 from musiclab.heartmula import tokenize
 from musiclab.heartmula.codec import UNIT, Codec, Stream, seeded, windows
-from musiclab.heartmula.codec_files import codec_config, codec_names, encoder_names, identity, open_codec, open_tokenizer, tiny_codec
+from musiclab.heartmula.checkpoint import local_part
+from musiclab.heartmula.codec_files import codec_config, codec_names, encoder_names, find_part, identity, open_codec, open_tokenizer, tiny_codec
 from musiclab.heartmula.encoder import Encoder
 from musiclab.heartmula.flow import Flow
 from musiclab.heartmula.quantizer import CodecConfig
@@ -311,7 +312,10 @@ def test_weights_that_do_not_fit_are_refused_by_name(pair, tmp_path):
 def test_parts_are_found_beside_each_other_and_named_by_their_content(pair, tmp_path):
     copy = shutil.copytree(pair, tmp_path / "copy")
     assert identity(copy) == identity(copy / "HeartCodec-oss-encoder") == identity(copy / "HeartCodec-oss-encoder", copy / "HeartCodec-oss") == identity(pair)
-    (copy / "HeartCodec-oss").rename(copy / "HeartCodec-oss-20260123")
+    shutil.copytree(copy / "HeartCodec-oss", copy / "HeartCodec-oss-20260123")
+    assert {place.name for place in (find_part(copy, "codec"), *(local_part(copy / name, "codec") for name in (".", "HeartCodec-oss-encoder")))} == {
+        "HeartCodec-oss-20260123"}  # the newest, whoever asks
+    shutil.rmtree(copy / "HeartCodec-oss")
     assert codec_config(copy) == codec_config(pair)
     state = torch.random.get_rng_state()
     assert identity(tiny_codec(tmp_path / "again")) == identity(pair) and torch.equal(state, torch.random.get_rng_state())
