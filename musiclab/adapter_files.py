@@ -33,6 +33,7 @@ class Adapter:
     layout: str = "" # "single file" or "peft folder"
     format: str = "" # the other tool whose names it has
     recorded: bool = True # False: the file does not tell alpha, and a factor of 1 was assumed
+    maker: str = "musiclab" # the program that wrote it or, as peft tells, whose model it was trained on; "" where the file does not tell
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -61,7 +62,7 @@ def describe(
     adapter: Adapter,
 ) -> str: # a few lines of text
     "What an adapter is, for people."
-    kind = ", ".join(filter(None, [adapter.layout, adapter.format]))
+    kind = ", ".join(filter(None, [adapter.layout, adapter.format, adapter.maker not in ("", "musiclab") and f"by {adapter.maker}"]))
     ends = Counter(re.search(r"[^.]+(\.\d+)*$", layer)[0] for layer in adapter.alphas)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors.values()})
     size = sum(tensor.nbytes for tensor in adapter.tensors.values())
@@ -89,6 +90,7 @@ class Format:
     to_external: Callable[[str, Tensor], tuple[str, Tensor]] # our name and tensor -> theirs
     from_external: Callable[[str, Tensor], tuple[str, Tensor]] # theirs -> ours
     alpha: str = "header" # where its readers find alpha: in the "header", "beside" the matrices (LAYER.alpha), or nowhere ("baked" into B)
+    doubt: Callable[[Adapter], str] = lambda adapter: "" # what is to be said of an adapter that has our names and may still mean something else
 
 OURS = Format("", lambda name, tensor: (name, tensor), lambda name, tensor: (name, tensor))
 COMFYUI = Format("comfyui", lambda name, tensor: (f"diffusion_model.{name}", tensor),
@@ -275,10 +277,12 @@ def inspect(
     tensors, beside = pair_up(tensors, weights)
     alphas, method = settle(tensors, beside, settings, weights)
     steps, config, written = about.get("steps"), about.get("config"), about.get("format")
+    targets, origin = settings.get("target_modules"), settings.get("auto_mapping") # of the first a list of names says no more than the matrices' own
+    maker = "musiclab" if about else printable(origin.get("parent_library") or "").partition(".")[0] if isinstance(origin, dict) else ""
     return Adapter(tensors, alphas, method, printable(about.get("base") or settings.get("base_model_name_or_path") or ""),
-                   printable(settings.get("target_modules") or ""), steps if isinstance(steps, int) else None,
+                   targets if isinstance(targets, str) and targets == printable(targets) else "", steps if isinstance(steps, int) else None,
                    {printable(k): printable(v) for k, v in config.items()} if isinstance(config, dict) else {}, layout,
-                   format.name if format else printable(written or ""), recorded=bool(beside or settings or about)) # our own files always tell: one without alpha has it in its matrices
+                   format.name if format else printable(written or ""), bool(beside or settings or about), maker) # our own files always tell: one without alpha has it in its matrices
 
 # %% ../nbs/0_shared/07a_adapter_files.ipynb #84ad99f3
 def peft_settings(

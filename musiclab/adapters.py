@@ -6,7 +6,7 @@ __all__ = ['PREFIXES', 'fresh', 'install', 'weaken', 'adapted', 'parts', 'adapte
            'expression', 'read_for', 'load', 'merge_result']
 
 # %% ../nbs/0_shared/08_adapters.ipynb #365edce9
-import math, re, warnings
+import math, re, sys, warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -287,6 +287,7 @@ def read_for(
         a, b, own = adapter.tensors[f"{layer}.lora_A.weight"], adapter.tensors[f"{layer}.lora_B.weight"], model.get_submodule(layer)
         if (shape := (b.shape[0], a.shape[1])) != (own.out_features, own.in_features):
             raise MusiclabError(f"{layer} is {shape} in the adapter, {(own.out_features, own.in_features)} in this model", path, made_for)
+    for doubt in filter(None, (format.doubt(adapter) for format in formats.values())): print(f"note: {path}: {doubt}", file=sys.stderr)
     return adapter
 
 # %% ../nbs/0_shared/08_adapters.ipynb #f4119f89

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'COMPARED', 'INNER', 'DEFAULT', 'look_up', 'Family', 'family', 'family_of', 'ready_configs', 'find_config',
            'load_config', 'Prints', 'together', 'say', 'read_tracks', 'read_data', 'train', 'batch_page', 'listener',
-           'result_in', 'made_for', 'export', 'formats_for', 'dials', 'opened', 'play']
+           'result_in', 'made_for', 'export', 'in_our_names', 'formats_for', 'dials', 'opened', 'play']
 
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
 import difflib, importlib, json, os, shutil, sys
@@ -249,9 +249,21 @@ def export(
         kind = family(task) if task else family_of(fetch(base))
         return look_up(kind.merge)(base, result, out, strength)
     if found is None: raise MusiclabError("is a full fine-tune, not an adapter", result, "Use --to merged")
-    written = adapters.write(found, out, formats[to])
+    written = adapters.write(in_our_names(result, filter(None, formats.values())), out, formats[to])
     adapters.copy_modules(result, written)
     return written
+
+# %% ../nbs/5_tools/50_recipes.ipynb #1f612858
+def in_our_names(
+    path: str | Path, # an adapter
+    formats, # Iterable of musiclab.adapters.Format: those that it may be written in
+): # musiclab.adapters.Adapter
+    "Read an adapter, whoever's names it has, with our own."
+    from musiclab import adapters
+    adapter = adapters.inspect(path)
+    def renames(format): return any(format.from_external(name, tensor)[0] != name for name, tensor in adapter.tensors.items())
+    theirs = next((format for format in formats if (format.name == adapter.format if adapter.format else renames(format))), None)
+    return adapters.inspect(path, theirs) if theirs else adapter
 
 def formats_for(
     adapter, # musiclab.adapters.Adapter

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ROPE', 'LONGEST', 'INNER', 'PORTION', 'LORA_TARGETS', 'llama', 'halved', 'paired', 'our_name', 'release_name',
-           'rotates', 'to_ours', 'to_release', 'formats', 'embed_codes', 'embed', 'HeartMuLa', 'spelling_sums',
+           'rotates', 'to_ours', 'to_release', 'doubt', 'formats', 'embed_codes', 'embed', 'HeartMuLa', 'spelling_sums',
            'losses', 'of_release', 'open_lm', 'release_weights']
 
 # %% ../../nbs/3_heartmula/35_model.ipynb #a6066184
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from ..adapter_files import Format
+from ..adapter_files import Adapter, Format
 from ..core import prepare_imports
 from .checkpoint import RELEASE, Config, Stack, part_folder, read_config, read_weights
 from ..weights import fill
@@ -88,12 +88,20 @@ def to_release(name: str, tensor: Tensor, config: Config) -> tuple[str, Tensor]:
     return release_name(name), paired(tensor, size) if (size := rotates(name, config)) else tensor
 
 # %% ../../nbs/3_heartmula/35_model.ipynb #530a03af
+def doubt(
+    adapter: Adapter,
+) -> str: # "" when there is none
+    "What is to be said of an adapter with our names that was not trained here."
+    if adapter.maker not in ("simpletuner", "") or adapter.format or not any("q_proj" in layer or "k_proj" in layer for layer in adapter.alphas): return ""
+    who = "it was trained by SimpleTuner" if adapter.maker else "it does not say who trained it, and if SimpleTuner did, then"
+    return f"{who} on a HeartMuLa whose queries and keys stood in the wrong order: it cannot be converted, and will not sound here as it did there. Train it anew"
+
 def formats(
     sizes: Config | str | Path = RELEASE, # of the model, or the model itself
 ) -> dict[str, Format]: # by the name of the program that reads the file
     "How others name and order an adapter's weights."
     sizes = sizes if isinstance(sizes, Config) else read_config(sizes)
-    return {"heartlib": Format("heartlib", lambda name, tensor: to_release(name, tensor, sizes), lambda name, tensor: to_ours(name, tensor, sizes))}
+    return {"heartlib": Format("heartlib", lambda name, tensor: to_release(name, tensor, sizes), lambda name, tensor: to_ours(name, tensor, sizes), doubt=doubt)}
 
 # %% ../../nbs/3_heartmula/35_model.ipynb #faa57121
 def embed_codes(

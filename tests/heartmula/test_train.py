@@ -1,4 +1,5 @@
 "HeartMuLa trained: on tokens and on sound, resumed to the bit, adapters that keep their effect, and a model that learns to stop."
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from musiclab import adapters, audio, data, recipes
@@ -14,9 +16,10 @@ from musiclab.audio import Audio
 from musiclab.cli import main
 from musiclab.core import Draw, MusiclabError
 from musiclab.features import prepare
+from musiclab.heartmula.checkpoint import read_weights
 from musiclab.heartmula.data import GivenCodes, as_prompt, collate, example
 from musiclab.heartmula.frames import FastModel, Writing, write
-from musiclab.heartmula.model import LORA_TARGETS, embed, formats, open_lm
+from musiclab.heartmula.model import LORA_TARGETS, embed, formats, of_release, open_lm
 from musiclab.heartmula.settings import HeartMulaConfig
 from musiclab.heartmula.train import HeartMulaTask, batch_losses, merge
 from musiclab.sampling import Sampler
@@ -131,8 +134,8 @@ def stop_after(steps, config):
     assert fit(task, *recipes.read_data(config), config).stopped == "SIGTERM"
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
-def test_adapters_keep_their_effect_in_every_form(tiny, tmp_path, method):
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_adapters_keep_their_effect_in_every_form(tiny, tmp_path, method, capsys):
     def numbers(lm):
         with torch.no_grad(): return lm(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([3]))[1]
     tokens = torch.randint(64, (1, 12, 9), generator=torch.Generator().manual_seed(0))
@@ -149,9 +152,32 @@ def test_adapters_keep_their_effect_in_every_form(tiny, tmp_path, method):
         other = open_lm(tiny)
         adapters.load(other, saved, formats=formats(tiny))
         assert torch.allclose(numbers(other), wanted, atol=1e-4), path
+    assert "note" not in capsys.readouterr().err
+    for other in (tmp_path / "peft", recipes.export(tmp_path / "heartlib.safetensors", tmp_path / "again", "peft", str(tiny))): # peft knows nothing of us
+        assert torch.allclose(numbers(PeftModel.from_pretrained(open_lm(tiny), other).base_model.model), wanted, atol=1e-4)
+    if method == "lora": # and somebody who adds up by hand knows the release only
+        release, file = read_weights(tiny), load_file(recipes.export(tmp_path / "heartlib.safetensors", tmp_path / "twice.safetensors", "heartlib", str(tiny)))
+        for name in release.keys() & {key.replace("lora_A.", "") for key in file}:
+            a, b = (file[name.replace("weight", f"lora_{side}.weight")] for side in "AB")
+            release[name] = release[name] + 14 / 4 * b @ a
+        assert torch.allclose(numbers(of_release(release, lm.config)), wanted, atol=1e-4)
     whole = merge(tiny, tmp_path / "peft", tmp_path / "whole")
     assert torch.allclose(numbers(open_lm(whole)), wanted, atol=1e-4)
     with pytest.raises(MusiclabError, match="not empty"): merge(tiny, tmp_path / "peft", tmp_path / "whole")
+
+
+def test_an_adapter_of_the_garbled_model_is_known_by_its_settings(tiny, tmp_path, capsys):
+    lm = open_lm(tiny)
+    adapters.attach(lm, LORA_TARGETS, rank=4, alpha=4)
+    made = adapters.save(lm, tmp_path / "theirs", str(tiny))
+    save_file(load_file(made / "adapter_model.safetensors"), made / "adapter_model.safetensors") # peft's own files have no word of us
+    about = json.loads((made / "adapter_config.json").read_text()) | {"auto_mapping": {"parent_library": "simpletuner.helpers.models.heartmula"}}
+    (made / "adapter_config.json").write_text(json.dumps(about))
+    shutil.copy(made / "adapter_model.safetensors", tmp_path / "bare.safetensors")
+    for file, said in ((made, "it was trained by SimpleTuner on"), (tmp_path / "bare.safetensors", "if SimpleTuner did, then on")):
+        adapters.load(open_lm(tiny), file, formats(tiny))
+        assert said in (told := capsys.readouterr().err) and told.count("cannot be converted") == 1
+    assert "by simpletuner" in str(adapters.inspect(made))
 
 
 def test_an_adapter_that_matches_nothing_is_an_error(tiny, songs, tmp_path):
