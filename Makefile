@@ -32,8 +32,9 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/musiclab demo
 
+# A file stays with one worker, which makes once what its tests share; the files with the most tests come first, single notebooks last.
 test: setup
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # After a change to a notebook: write the modules anew, and strip what a run leaves in notebooks.
 export: setup

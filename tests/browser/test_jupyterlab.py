@@ -6,8 +6,6 @@ import pytest
 from tests.browser.conftest import ERRORS, open_notebook
 from tests.house import notebook, quickstarts, root, source
 
-pytestmark = pytest.mark.xdist_group("quickstarts")  # one worker: they share a browser and a server
-
 PLAY = """async player => {
     const within = (ms, promise) => Promise.race([promise, new Promise(done => setTimeout(done, ms))]);
     player.muted = true; player.load();

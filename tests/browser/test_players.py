@@ -12,8 +12,6 @@ from musiclab.dsp import resample
 from tests.browser import players
 from tests.browser.conftest import EAR, ERRORS, offline, on_tape, open_notebook, sounds_in
 
-pytestmark = pytest.mark.xdist_group("players")  # one worker: they share a browser and a server
-
 BUILD = "from musiclab import show\nfrom tests.browser.players import views\nshown = views('votes.jsonl')"
 LIVE = """
 import json, pathlib, time
