@@ -65,9 +65,9 @@ def plan(
     """
     from musiclab import plan, recipes
     chosen = recipes.load_config(config, overrides or [])
-    for line in plan.forecast(chosen, measure, cards).lines(): typer.echo(line)
+    for line in plan.forecast(chosen, measure, cards, card := bool(memory) or chosen.device.startswith("cuda")).lines(): typer.echo(line)
     room = memory * 1e9 if memory else plan.room_of(chosen)
     if room is None: return typer.echo("this machine has no graphics card: --memory 12 asks about one with 12 GB")
-    lines = plan.advice(chosen, room)
+    lines = plan.advice(plan.for_card(chosen) if card else chosen, room)
     for line in lines or [f"fits into {room / 1e9:.0f} GB"]: typer.echo(line)
     if lines: raise typer.Exit(1)

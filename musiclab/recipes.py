@@ -17,7 +17,6 @@ def look_up(
     name: str, # "package.module:thing"
 ): # the thing
     "Import what a name of the registry stands for."
-    if not name: raise MusiclabError("this is not built yet for the model's family", "musiclab", "It can be generated with: musiclab generate")
     module, _, thing = name.partition(":")
     return getattr(importlib.import_module(module), thing)
 
@@ -25,28 +24,35 @@ def look_up(
 class Family:
     "What the tools know about a model family, by name; nothing is imported before it is used."
     title: str # for people
-    model_types: tuple[str, ...] # what `config.json` of its checkpoints says
-    config: str # subclass of TrainConfig; "" for a family that is not trained here, like `task` and `merge`
+    config: str # subclass of TrainConfig
     task: str # makes a Task from such a configuration
     tiny: str # function: folder, seed -> a small random checkpoint in the release layout
     generate: str # function: model, prompts, … -> list of Audio or Song
     merge: str # function: model, adapter, out, strength -> folder of a whole model
+    skeleton: str # function: config -> the trained part without numbers (musiclab.plan.Skeleton)
+    model_types: tuple[str, ...] = () # what `config.json` of its checkpoints says
     read: str = "musiclab.recipes:read_tracks" # function: config, path -> Tracks
     mark: str = "" # a file of its checkpoints that tells them, where there is no `config.json` at the top
     formats: str = "" # mapping: tool -> how it names an adapter's weights (musiclab.adapters.Format), or function: model -> such a mapping
 
 # %% ../nbs/5_tools/50_recipes.ipynb #58eac5f1
 FAMILIES = {
-    "musicgen": Family("MusicGen (text to music, EnCodec tokens)", ("musicgen",), "musiclab.musicgen.settings:MusicGenConfig",
-                       "musiclab.musicgen.train:MusicGenTask", "musiclab.musicgen.checkpoint:tiny_checkpoint", "musiclab.musicgen.generate:generate", "musiclab.musicgen.train:merge"),
-    "museformer": Family("HID-MuseFormer (MIDI, trained from nothing)", ("hid_museformer",), "musiclab.museformer.train:MuseFormerConfig", "musiclab.museformer.train:MuseFormerTask",
-                         "musiclab.museformer.train:tiny_checkpoint", "musiclab.museformer.generate:generate", "musiclab.museformer.train:merge", "musiclab.museformer.data:read_for"),
-    "ace_step": Family("ACE-Step v1 (songs with lyrics, flow matching)", (), "musiclab.ace_step.settings:AceStepConfig", "musiclab.ace_step.train:AceStepTask", "musiclab.ace_step.checkpoint:tiny_checkpoint",
-                       "musiclab.ace_step.generate:play", "musiclab.ace_step.train:merge", mark="ace_step_transformer/config.json",
-                       formats="musiclab.ace_step.train:FORMATS"),
-    "heartmula": Family("HeartMuLa 3B (songs with lyrics, HeartCodec tokens)", ("heartmula",), "musiclab.heartmula.settings:HeartMulaConfig", "musiclab.heartmula.train:HeartMulaTask",
-                        "musiclab.heartmula.checkpoint:tiny_checkpoint", "musiclab.heartmula.generate:generate", "musiclab.heartmula.train:merge", mark="gen_config.json",
-                        formats="musiclab.heartmula.model:formats"),
+    "musicgen": Family(
+        "MusicGen (text to music, EnCodec tokens)", model_types=("musicgen",), config="musiclab.musicgen.settings:MusicGenConfig", task="musiclab.musicgen.train:MusicGenTask",
+        tiny="musiclab.musicgen.checkpoint:tiny_checkpoint", generate="musiclab.musicgen.generate:generate", merge="musiclab.musicgen.train:merge",
+        skeleton="musiclab.plan:musicgen_skeleton"),
+    "museformer": Family(
+        "HID-MuseFormer (MIDI, trained from nothing)", model_types=("hid_museformer",), config="musiclab.museformer.train:MuseFormerConfig", task="musiclab.museformer.train:MuseFormerTask",
+        tiny="musiclab.museformer.train:tiny_checkpoint", generate="musiclab.museformer.generate:generate", merge="musiclab.museformer.train:merge",
+        skeleton="musiclab.plan:museformer_skeleton", read="musiclab.museformer.data:read_for"),
+    "ace_step": Family(
+        "ACE-Step v1 (songs with lyrics, flow matching)", mark="ace_step_transformer/config.json", config="musiclab.ace_step.settings:AceStepConfig", task="musiclab.ace_step.train:AceStepTask",
+        tiny="musiclab.ace_step.checkpoint:tiny_checkpoint", generate="musiclab.ace_step.generate:play", merge="musiclab.ace_step.train:merge",
+        skeleton="musiclab.plan:ace_step_skeleton", formats="musiclab.ace_step.train:FORMATS"),
+    "heartmula": Family(
+        "HeartMuLa 3B (songs with lyrics, HeartCodec tokens)", model_types=("heartmula",), mark="gen_config.json", config="musiclab.heartmula.settings:HeartMulaConfig",
+        task="musiclab.heartmula.train:HeartMulaTask", tiny="musiclab.heartmula.checkpoint:tiny_checkpoint", generate="musiclab.heartmula.generate:generate",
+        merge="musiclab.heartmula.train:merge", skeleton="musiclab.plan:heartmula_skeleton", formats="musiclab.heartmula.model:formats"),
 }
 
 def family(

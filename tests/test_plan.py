@@ -38,7 +38,7 @@ def settings(name, place, **changes):
     return config(**told | changes)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if family(name).task])
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_weights_gradients_and_memory_of_the_optimizer_are_exact(name, place):
     config = settings(name, place)
     parts = plan.memory(config)
@@ -69,7 +69,7 @@ def test_what_a_step_keeps_is_near_what_torch_keeps(place, saving):
     engine.door.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         engine.door(task.loss, batch, At(0, [Draw(0, 0, "a")], training=True))
-    skeleton = plan.SKELETONS["musicgen"](config)
+    skeleton = plan.skeleton_of(config)
     _, blocks = plan.trained_shapes(skeleton, config)
     if not saving: assert sum(kept.values()) == pytest.approx(skeleton.tokens * sum(plan.inside(block, 4) for block in blocks), rel=0.4)
     assert plan.memory(config)["activations"] > sum(kept.values()) * 0.7  # never far too little
@@ -106,3 +106,12 @@ def test_advice_names_what_helps_and_what_it_leads_to():
     lines = plan.advice(config, 8e9)
     assert lines[0].startswith("does not fit") and "gradient_checkpointing=true" in lines[1] and lines[-1].endswith("(fits)")
     assert plan.advice(config.model_copy(update={"gradient_checkpointing": True, "batch_size": 1, "quantize": "int8"}), 8e9) == []
+
+
+def test_a_card_that_is_not_here_counts_as_one_with_bf16():
+    config = look_up(family("musicgen").config)(data="nowhere", model="facebook/musicgen-small", device="cuda")
+    if torch.cuda.is_available(): pytest.skip("there is one")
+    asked = plan.forecast(config, card=True).parts
+    assert asked == plan.memory(config.model_copy(update={"device": "cpu", "precision": "bf16"}))
+    status, text = run("plan", "musicgen_lora", "data=nowhere", "device=cuda")
+    assert status == 0 and "no graphics card" in text
