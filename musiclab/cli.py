@@ -170,7 +170,7 @@ def generate(
     given = dict(lyrics=lyrics, guidance=guidance, temperature=temperature, top_k=top_k, steps=steps, sampler=sampler, repaint=repaint, extend=extend,
                  was=was, was_lyrics=was_lyrics, resemble=resemble, variance=variance, low_vram=low_vram, int8=precision == "int8" or None)
     from musiclab import config
-    from musiclab.recipes import play
+    from musiclab.playing import play
     settings = dict(seconds=seconds, seed=seed, strength=strength, device=device) | {name: value for name, value in given.items() if value is not None}
     for dial in setting or []: settings = config.put(settings, *config.split(dial))
     for path in play(model, prompt or [""], settings, out, adapter, start, precision): typer.echo(f"wrote {path}")

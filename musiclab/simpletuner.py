@@ -6,7 +6,7 @@ __all__ = ['ALIASES', 'WORDS', 'ELSEWHERE', 'SCHEDULES', 'OPTIMIZERS', 'CHOICES'
            'Translation', 'counted', 'split_overrides', 'in_their_words', 'translate', 'is_one', 'load']
 
 # %% ../nbs/5_tools/54a_simpletuner.ipynb #8b906776
-import difflib, importlib, json, re, sys
+import difflib, importlib, re, sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -326,13 +326,16 @@ def test_heartmulas_files_train_on_tokens_beside_the_songs(here, songs):
     assert (here / "output/heartmula-training-demo/adapter").is_dir()
 
 
-@pytest.mark.parametrize("key, value", [("mixed_precision", ["bf16"]), ("num_validation_images", "two"), ("seed", "abc"), ("num_train_epochs", "many"), ("output_dir", 3),
-    ("report_to", 3), ("peft_lora_target_modules", "[to_q"), ("optimizer_config", "weight_decay=much"), ("model_family", ["ace_step"]), ("validation_prompt", ["a"]), ("learning_rate", "fast")])
+@pytest.mark.parametrize("key, value", [
+    ("mixed_precision", ["bf16"]), ("num_validation_images", "two"), ("seed", "abc"), ("num_train_epochs", "many"), ("output_dir", 3), ("report_to", 3),
+    ("peft_lora_target_modules", "[to_q"), ("optimizer_config", "weight_decay=much"), ("model_family", ["ace_step"]), ("validation_prompt", ["a"]),
+    ("learning_rate", "fast")])
 def test_a_value_of_the_wrong_kind_is_told_by_its_key(key, value, here):
     with pytest.raises(MusiclabError, match=f"{key}|YAML|weight_decay"): settings(**{key: value})
 
 
-@pytest.mark.parametrize("entry", [{"audio": "loud"}, {"audio": {"max_duration_seconds": [3]}}, {"repeats": "often"}, {"config": []}, {"instance_data_dir": 3}, {"cache_dir_vae": 5}])
+@pytest.mark.parametrize("entry", [
+    {"audio": "loud"}, {"audio": {"max_duration_seconds": [3]}}, {"repeats": "often"}, {"config": []}, {"instance_data_dir": 3}, {"cache_dir_vae": 5}])
 def test_a_back_end_with_a_value_of_the_wrong_kind_is_told(entry):
     with pytest.raises(MusiclabError, match=f"demo.*{next(iter(entry))}|max_duration"):
         translate_backends([{"id": "a", "type": "local", "instance_data_dir": "songs", "caption_strategy": "textfile"} | entry], "ace_step", "demo")
