@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musiclab.dense import can_int8
-from musiclab.heartmula.checkpoint import RELEASE, Config, Stack, random_weights
+from musiclab.heartmula.checkpoint import LONGEST, RELEASE, Config, Stack, random_weights
 from musiclab.heartmula.frames import FastModel, Writing, write
-from musiclab.heartmula.model import LONGEST, llama, of_release
+from musiclab.heartmula.model import llama, of_release
 from musiclab.heartmula.prompts import Prompt
 from musiclab.sampling import Sampler
 

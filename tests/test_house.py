@@ -59,7 +59,7 @@ HEAVY = {"torch", "transformers", "peft", "diffusers", "accelerate", "datasets",
          "tensorboard"}
 
 LIGHT = {"": HEAVY | {"numpy"}, "core": HEAVY | {"numpy"}, "cli": HEAVY | {"numpy"},
-         **dict.fromkeys(["audio", "midi", "synth", "compose", "data", "config", "show"], HEAVY)}
+         **dict.fromkeys(["audio", "midi", "synth", "compose", "data", "config", "show"], HEAVY), "heartmula.tokenize": HEAVY - {"torch"}}
 
 @pytest.mark.parametrize("name, without", LIGHT.items())
 def test_light_modules_load_nothing_heavy(name, without):

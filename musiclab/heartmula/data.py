@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..core import Draw, MusiclabError, sha256
-from .checkpoint import Config, part_folder
-from .model import LONGEST
+from .checkpoint import LONGEST, Config, part_folder
 from .prompts import Prompt, Reader, as_rows, texts_of
 from ..task import Batch
 

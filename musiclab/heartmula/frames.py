@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core import MusiclabError
 from ..dense import attention_dtype, check_int8, dense, effective_weight, gathered
-from .checkpoint import Stack
-from .model import LONGEST, HeartMuLa, embed, embed_codes, paired
+from .checkpoint import LONGEST, Stack
+from .model import HeartMuLa, embed, embed_codes, paired
 from .prompts import Prompt, as_rows
 from ..sampling import NOISE, Sampler
 
