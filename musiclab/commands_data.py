@@ -122,7 +122,7 @@ def features_prune(
 @features_app.command("make")
 def features_make(
     config: Annotated[str, typer.Argument(help="A configuration file or the name of a ready one.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the file, such as frames=500.")] = None,
 ):
     """Compute the features of a training run ahead of it, for example on a cheaper machine.
 
@@ -137,3 +137,4 @@ def features_make(
     task = recipes.look_up(recipes.family(settings.task).task)(settings)
     prepared = prepare(task.features, train + valid, store_of(settings), pick_device(settings.device))
     for problem in prepared.problems: typer.echo(f"left out {problem}", err=True)
+    typer.echo(f"{len(prepared.kept)} tracks are ready: {', '.join(feature.name for feature in task.features) or 'nothing had to be computed'}")

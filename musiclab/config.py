@@ -119,7 +119,7 @@ def explain(
         if "$ref" in properties.get(key, ()): said[key] = f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}"
         elif one["type"] == "extra_forbidden":
             near = nearest(key, names)
-            said[key] = f"unknown setting {key!r}" + (f", did you mean {near!r}?" if near else "")
+            said[key] = f"unknown setting {key!r}" + (f", did you mean {near!r}?" if near else " (--explain lists all)")
             said.setdefault(near, "") # then it is not missing
         elif one["type"] == "missing": said[key] = f"{key!r} is missing: {cls.model_fields[key].description}"
         elif one["type"] == "value_error": said[key] = f"{key}: {one['ctx']['error']}" if key else str(one["ctx"]["error"])
@@ -271,7 +271,7 @@ def split(
 ) -> tuple[list[str], Any]: # ["decoder", "layers"], 4
     "Key and value of an override; the value is read like one in a YAML file."
     key, equals, value = override.partition("=")
-    if not equals or not key.strip(): raise MusiclabError("is not of the form key=value", override)
+    if not equals or not key.strip(): raise MusiclabError("is not of the form key=value", override, "Such as lr=1e-4 or --lr=1e-4, without blanks")
     return key.strip().split("."), parse_yaml(value, override)
 
 def put(

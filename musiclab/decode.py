@@ -183,6 +183,7 @@ def first_look(
             raise MusiclabError(f"cannot be opened ({error.strerror})", source, "Check the path and its permissions") from error
     text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if size == 0: raise MusiclabError("is empty (0 bytes)", name, "Copy or download it again")
+    if head.startswith(b"MThd"): raise MusiclabError("holds notes (MIDI), not sound", name, "HID-MuseFormer learns from notes; musiclab.synth makes sound of them")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise MusiclabError("is a web page, not sound", name, "Download the file itself, not the page that links to it")
     if text.startswith(b"version https://git-lfs"):

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'COMPARED', 'look_up', 'Family', 'family', 'family_of', 'ready_configs', 'find_config', 'load_config',
-           'Prints', 'together', 'say', 'read_tracks', 'read_data', 'train', 'batch_page', 'listener', 'result_in',
-           'made_for', 'export', 'in_our_names', 'formats_for']
+           'Prints', 'together', 'say', 'read_tracks', 'read_data', 'overview', 'train', 'batch_page', 'listener',
+           'result_in', 'made_for', 'export', 'in_our_names', 'formats_for']
 
 # %% ../nbs/5_tools/50_recipes.ipynb #f6dfd0dd
 import difflib, importlib, json, os, shutil, sys
@@ -171,12 +171,22 @@ def read_data(
     if copies and (config.valid_fraction or any(tracks.column("split"))): tracks = together(tracks, config.store)
     return data.split(tracks, config.valid_fraction, config.seed)
 
+# %% ../nbs/5_tools/50_recipes.ipynb #2e149de4
+def overview(
+    train, valid, # Tracks
+    words: bool = True, # whether the family reads words
+) -> list[str]: # lines
+    "What a training has to learn from, and a warning where songs have no words: most often their files were named otherwise."
+    mute = sum(not (caption or tags) for caption, tags in zip(train.column("caption"), train.column("tags"))) if words else 0
+    return [f"{len(train)} tracks to learn from, {len(valid)} to validate"] + [f"note: {mute} of them have no caption and no tags: musiclab data check names them"] * bool(mute)
+
 def train(
     config, # a family's TrainConfig
 ): # musiclab.train.Run
     "Train as a configuration says. With debug in `OUTPUT/debug`, beside whatever was trained there, and with a page about the first batch."
     from musiclab.train import fit
     train, valid = read_data(config) # first: a mistyped folder should not cost the download of a model
+    say(*overview(train, valid, words=look_up(family(config.task).read) is read_tracks))
     if config.debug:
         config = config.model_copy(update={"output": str(Path(config.output)/"debug"), "resume": "latest"})
         if os.environ.get("RANK", "0") == "0": shutil.rmtree(config.output, ignore_errors=True) # of an earlier look

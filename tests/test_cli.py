@@ -184,9 +184,14 @@ def test_doctor(work):
     (["data", "convert", ".", "x", "--to", "cassette"], "cassette"),
     (["inspect", "/no/such/adapter"], "/no/such/adapter"),
     (["evaluate", "/no/a", "/no/b"], "/no/a"),
+    (["train", "museformer_small", "data={work}/songs", "model={work}/tiny"], "no midi in it"),
+    (["plan", "museformer_small", "data=x", "model={work}/tiny"], "holds a model of type 'musicgen', not a HID-MuseFormer"),
+    (["train", "musicgen_lora", "data={work}/songs", "model={work}/tiny", "output={work}/tiny/config.json"], "config.json: cannot be written to"),
+    (["train", "musicgen_lora", "data={work}/songs", "model={work}/tiny", "output={work}/new", "init_adapter={work}/none"], "none: no adapter here"),
+    (["train", "musicgen_lora", "data={work}/songs", "model={work}/tiny", "output={work}/new", "resume={work}/none"], "none: is no checkpoint"),
 ], ids=lambda a: " ".join(a) if isinstance(a, list) else None)
 def test_errors_are_one_clear_line(args, said, work):
-    status, text = run(*args)
+    status, text = run(*(arg.format(work=work) for arg in args))
     assert status == 1 and said in text and len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in text
 
@@ -201,6 +206,14 @@ def test_errors_are_one_clear_line(args, said, work):
 def test_what_generate_is_given_is_checked(args, said, work):
     status, text = run("generate", "--model", work / "tiny", "--prompt", "a", "--seconds", 0.1, "--out", work / "x.wav", *args)
     assert status == 1 and said in text and text.count("\n") == 1
+
+
+def test_songs_without_words_are_told(work, tmp_path):
+    import shutil
+    (tmp_path / "mute").mkdir()
+    for song in list((work / "songs").glob("*.flac"))[:2]: shutil.copy(song, tmp_path / "mute")
+    status, text = run(*train(work, "mute", f"data={tmp_path}/mute", "max_steps=1"))
+    assert status == 0 and "1 tracks to learn from, 1 to validate\nnote: 1 of them have no caption and no tags" in text
 
 
 def test_an_adapter_knows_its_model(work):

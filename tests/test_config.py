@@ -152,7 +152,7 @@ def test_home_is_expanded_and_other_paths_are_left_to_the_current_folder(monkeyp
     ("max_step", "max_steps"), ("gradient_acumulation_steps", "accumulate"), ("modle", "model"), ("zzz", None)])
 def test_an_unknown_key_names_the_nearest(tmp_path, key, near):
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(GIVEN | {key: 1}))
-    expected = f"{tmp_path / 'my.yaml'}: unknown setting {key!r}" + (f", did you mean {near!r}?" if near else "")
+    expected = f"{tmp_path / 'my.yaml'}: unknown setting {key!r}" + (f", did you mean {near!r}?" if near else " (--explain lists all)")
     assert error(tmp_path / "my.yaml") == expected
     assert error(None, f"{key}=1") == expected.removeprefix(f"{tmp_path / 'my.yaml'}: ")
 

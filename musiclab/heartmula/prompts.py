@@ -72,5 +72,5 @@ def texts_of(
     if WORDLESS.search(tags): return tags, ""
     source = track.source or track.tokens
     if source is None: return tags, "" # a prompt, not a song
-    if source.path: raise MusiclabError(f"there is no {source.path.stem}.lyrics beside it", source.path, "Write the lyrics there, an empty file or the tag `instrumental` for none")
+    if source.path: raise MusiclabError(f"there is no {source.path.stem}.lyrics beside it; an empty one, or the tag `instrumental`, says that nobody sings", source.path)
     raise MusiclabError("has no lyrics", track.key, "Fill the column `lyrics`, with an empty text for an instrumental")

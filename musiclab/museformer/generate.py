@@ -20,6 +20,7 @@ from .tokenizer import HIDTokenizerV2
 from .train import open_model
 from ..synth import render
 from .vocabulary import BAR, BOS, CONDUCTOR, DRUM_PART, EOS, FIRST, ID, MASK, PAD, SUM, annotate, is_kind
+from ..sampling import check_dials
 
 # %% ../../nbs/4_museformer/48_generate.ipynb #a2453270
 def choose(
@@ -169,6 +170,7 @@ def write(
     tick: Callable[[int], object] = lambda n: None, # told how many steps were made
 ) -> Tensor: # int64 [pieces, tokens], filled up with PAD
     "Write music."
+    check_dials(temperature, top_k, top_p)
     wish = replace(wish or Wish(), **({"bars": bars} if bars else {}))
     model = (model.to(device) if device is not None else model).eval()
     starts = prompts_of(prompt, batch, wish.begin())

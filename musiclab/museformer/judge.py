@@ -54,9 +54,10 @@ class Piece:
 def describe(
     name: str, grid: Grid,
     corpus: Corpus, names: list[str], # the music that it may be copied from, and what its songs are called
+    member: bool = False, # it is the song of this name, and no copy of itself
 ) -> Piece:
     "Measure a piece."
-    own = names.index(name) if name in names else None
+    own = names.index(name) if member and name in names else None
     figures = measure(grid, corpus, own)
     values = {label: getattr(figures, label) for label in LABELS if hasattr(figures, label)}
     values |= {"density": figures.notes / max(1, figures.bars), "parts": float(len(np.unique(grid.hits["part"])))}
@@ -100,11 +101,15 @@ class Judgement:
         return f"They differ in {', '.join(LABELS[name] for name in self.different)}: {sizes}."
 
     def __repr__(self) -> str:
-        mean = lambda side, name: np.nanmean([piece.values[name] for piece in side]) if np.isfinite([piece.values[name] for piece in side]).any() else np.nan
-        lines = [f"{label:22} {mean(self.reference, name):8.3f} {mean(self.generated, name):9.3f}   {self.p_values.get(name, np.nan):.3g}" for name, label in LABELS.items()]
-        lines += [f"{label:22} {np.mean([getattr(p, name) for p in self.reference if p.nats]):8.3f} {np.mean([getattr(p, name) for p in self.generated if p.nats]):9.3f}"
-                  for name, label in (("nats", "nats per note"), ("perplexity", "perplexity per token")) if any(p.nats for p in self.generated)]
-        lines += [f"{'longest row, notes':22} {np.median([p.figures.copied_notes for p in self.reference]):8.0f} {np.median([p.figures.copied_notes for p in self.generated]):9.0f}   (median; in a song of the corpus, in any key)"]
+        def row(label: str, value, chance: str = "") -> str:
+            sides = ([x for piece in side if (x := value(piece)) is not None and np.isfinite(x)] for side in (self.reference, self.generated))
+            real, made = (f"{np.mean(numbers):.3f}" if numbers else "–" for numbers in sides)
+            return f"{label:22} {real:>8} {made:>9}   {chance}".rstrip()
+        lines = [row(label, lambda piece, name=name: piece.values[name], f"{self.p_values[name]:.3g}" if name in self.p_values else "–") for name, label in LABELS.items()]
+        if any(piece.nats for piece in self.generated):
+            lines += [row("nats per note", lambda piece: piece.nats), row("perplexity per token", lambda piece: piece.perplexity)]
+        copied = (np.median([piece.figures.copied_notes for piece in side]) for side in (self.reference, self.generated))
+        lines.append("{:22} {:8.0f} {:9.0f}   (median; in a song of the corpus, in any key)".format("longest row, notes", *copied))
         return "\n".join([self.verdict, f"{'mean of':22} {'real':>8} {'generated':>9}   p value", *lines, *(f"skipped {problem}" for problem in self.problems)])
 
 # %% ../../nbs/4_museformer/49a_judge.ipynb #fb908acb
@@ -142,7 +147,7 @@ def judge(
     real, made = (read_side(where, problems, seed) for where in (reference, generated))
     source = read_side(train, problems, seed) if train is not None else real
     corpus, names, bars = Corpus(list(source.values())), list(source), int(np.median([len(grid.bars) for grid in made.values()]))
-    sides = [[describe(name, middle(grid, bars) if side is real else grid, corpus, names) for name, grid in progress(side.items(), "judging", total=len(side), unit="piece")]
+    sides = [[describe(name, middle(grid, bars) if side is real else grid, corpus, names, member=side is real) for name, grid in progress(side.items(), "judging", total=len(side), unit="piece")]
              for side in (real, made)]
     if model is not None: sides = [[ask(model, piece) for piece in side[:MOST_ASKED]] + side[MOST_ASKED:] for side in sides]
     found, apart = {}, lambda a, b: abs(float(a.mean() - b.mean()))

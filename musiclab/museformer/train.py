@@ -41,8 +41,11 @@ def read_about(
     folder: str | Path, # of a model
 ) -> dict: # arguments of `create_model`
     "What config.json says."
-    try: return {key: value for key, value in json.loads((Path(folder)/"config.json").read_text()).items() if key != "model_type"}
-    except (OSError, ValueError) as error: raise MusiclabError("has no readable config.json", folder, f"Give the folder of a model, or a size: {', '.join(SIZES)}") from error
+    fix = f"Give the folder of a model, or a size: {', '.join(SIZES)}"
+    try: about = json.loads((Path(folder)/"config.json").read_text())
+    except (OSError, ValueError) as error: raise MusiclabError("has no readable config.json", folder, fix) from error
+    if (kind := about.pop("model_type", None)) != KIND: raise MusiclabError(f"holds a model of type {kind!r}, not a HID-MuseFormer", folder, fix)
+    return about
 
 def open_model(
     path: str | Path, # a folder with config.json and weights, or a file of weights

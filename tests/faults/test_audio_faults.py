@@ -37,6 +37,7 @@ def refuses(path, *words):
     ("empty.wav", b"", "is empty"),
     ("page.wav", b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>" * 40, "is a web page"),
     ("page.mp3", b"\xef\xbb\xbf \n<HTML><head></head></HTML>", "is a web page"),
+    ("notes.mp3", b"MThd\0\0\0\6\0\1", "holds notes"),
     ("pointer.flac", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
     ("text.mp3", b"la la la\n" * 4000, "cannot be decoded"),
     ("random.mp3", np.random.default_rng(1).bytes(100_000), "cannot be decoded"),
