@@ -18,8 +18,9 @@ def nearest(
     table: Tensor, # [entries, width]
 ) -> Tensor: # int64 [...]
     "The number of the row that lies closest."
-    far = torch.cdist(x.reshape(-1, x.shape[-1]).float(), table.float(), compute_mode="donot_use_mm_for_euclid_dist") # the quick way rounds
-    return far.argmin(-1).reshape(x.shape[:-1])
+    def best(part): return torch.cdist(part, table.float(), compute_mode="donot_use_mm_for_euclid_dist").argmin(-1) # the quick way rounds
+    parts = x.reshape(-1, x.shape[-1]).float().split(4096) # so that an hour of music takes no more memory than a song
+    return torch.cat([best(part) for part in parts]).reshape(x.shape[:-1])
 
 def k_means(
     x: Tensor, # [things, width]
