@@ -146,7 +146,7 @@ TINY = {
                   norm_type="ada_norm_single", num_bands=1, sample_rate=48_000, causal=True, num_samples=2, downsample_factors=[3, 4, 4, 4, 5],
                   downsample_kernel_sizes=[6, 8, 8, 8, 10], upsample_factors=[5, 4, 4, 4, 3], upsample_kernel_sizes=[10, 8, 8, 8, 6],
                   latent_hidden_dim=16, default_kernel_size=7, delay_kernel_size=5, init_channel=1, res_kernel_size=7),
-    "encoder": dict(version="vqv12", chunk_samples=64 * 1920, query=dict(dim=32, num_layers=2, head_dim=16, interval=2), feature_extractors=dict(
+    "encoder": dict(version="vqv12", chunk_samples=64 * FRAME, query=dict(dim=32, num_layers=2, head_dim=16, interval=2), feature_extractors=dict(
         muencoder_config=dict(sample_rate=24_000, n_fft=2048, hop_length=240, n_mels=128, conv_dim=4, mean=6.768444971712967, std=18.417922652295623,
             conformer_config=dict(hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=16, hidden_act="swish",
                                   position_embeddings_type="rotary", rotary_embedding_base=10_000, conv_depthwise_kernel_size=31,
