@@ -47,7 +47,7 @@ def heartmula(folder: Path, mid: bool):
     from musiclab.heartmula.checkpoint import PARTS, Config, random_weights, tiny_checkpoint, write_model
     tiny_checkpoint(folder)
     if mid:
-        place = folder / PARTS["model"][1]
+        place = folder / PARTS["model"].folder
         told = json.loads((place / "config.json").read_text()) | {"audio_vocab_size": 1029}
         stack = {"num_heads": 8, "num_kv_heads": 4, "embed_dim": 512, "intermediate_dim": 1408}
         told |= {"backbone": {"num_layers": 8, **stack}, "decoder": {"num_layers": 3, **stack}}

@@ -88,7 +88,7 @@ class Tokenized:
                 + (f", {len(self.problems)} left out" if self.problems else ""))
 
 def songs_in(
-    folder: str | Path,
+    folder: str | Path, # with folders below, or not
 ) -> Iterator[tuple[Path, Path] | Problem]: # a sound, and where its tokens go
     "All sound files, with those below. Of several with one name but for the ending only the first gets tokens."
     seen = set()
@@ -133,6 +133,7 @@ def tokenize_folder(
         try:
             if isinstance(audio, Exception): raise audio
             codes = tokenizer.encode(audio)
+            if len(codes) == codes.shape[1]: raise MusiclabError(f"{len(codes)} × {len(codes)} tokens could be read both ways: make it longer than {0.08 * len(codes):.2f} s", sound)
         except BAD as error: report.problems.append(Problem.of(error, sound)); continue
         write_tokens(tokens, codes, maker)
         report.made.append(tokens)

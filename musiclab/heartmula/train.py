@@ -125,10 +125,10 @@ def write_whole(
 ) -> Path: # the folder
     "Write a checkpoint with another writer in it; its other parts are copied where they are on this disk."
     with fresh_folder(out) as place:
-        write_model(place/PARTS["model"][1], read_json(part_folder(base, "model")/"config.json"), release_weights(lm))
+        write_model(place/PARTS["model"].folder, read_json(part_folder(base, "model")/"config.json"), release_weights(lm))
         for name in ("tokenizer.json", "gen_config.json"): shutil.copy(part_folder(base, "text")/name, place/name)
         for part in ("codec", "encoder"):
-            if found := local_part(base, part): shutil.copytree(found, place/PARTS[part][1])
+            if found := local_part(base, part): shutil.copytree(found, place/PARTS[part].folder)
     return Path(out)
 
 def merge(

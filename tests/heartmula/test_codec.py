@@ -222,8 +222,10 @@ def test_bad_songs_do_not_stop_the_others(songs, tokenizer, codec, tmp_path):
     (songs / "page.mp3").write_text("<html>")
     (songs / "nothing.wav").touch()
     audio.write(songs / "a.flac", tones(1.0).samples, RATE)
+    audio.write(songs / "square.wav", tones(0.6).samples, RATE)
     report = tokenize.tokenize_folder(songs, lambda: tokenizer, codec.config)
-    assert len(report.made) == 4 and sorted(Path(problem.where).name for problem in report.problems) == ["a.wav", "nothing.wav", "page.mp3"]
+    assert len(report.made) == 4 and sorted(Path(problem.where).name for problem in report.problems) == ["a.wav", "nothing.wav", "page.mp3", "square.wav"]
+    assert "8 × 8 tokens could be read both ways: make it longer than 0.64 s" in str(report.problems[-1])
     assert "another file there has the name a" in str([problem for problem in report.problems if problem.where.endswith("a.wav")][0])
     mistakes = {"nowhere": "no such folder", "empty": "no sound in it", "bad": "none of the 1 songs can be used"}
     for where, complaint in ((tmp_path / name, complaint) for name, complaint in mistakes.items()):
