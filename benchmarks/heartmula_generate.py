@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from musiclab.dense import can_int8
 from musiclab.heartmula.checkpoint import LONGEST, RELEASE, Config, Stack, random_weights
-from musiclab.heartmula.frames import FastModel, Writing, write
+from musiclab.heartmula.fast import FastModel
+from musiclab.heartmula.frames import Writing, write
 from musiclab.heartmula.model import llama, of_release
 from musiclab.heartmula.prompts import Prompt
 from musiclab.sampling import Sampler

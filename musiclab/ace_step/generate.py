@@ -23,6 +23,7 @@ from .transformer import Transformer, open_transformer
 from ..audio import Audio
 from ..core import MusiclabError, fetch, free, pick_device, pick_dtype, progress
 from ..files import words_in
+from ..task import one_each
 
 # %% ../../nbs/2_ace_step/29b_generate.ipynb #c03a682e
 def weakened(
@@ -106,7 +107,7 @@ def encode_source(
 def generate(
     model: str | Path, # an ACE-Step checkpoint, or its name on the hub
     prompts: str | Sequence[str], # tags or a sentence for each song; "" for none
-    lyrics: str | Sequence[str] = "", # of all songs, or of each; "" is an instrumental
+    lyrics: str | Sequence[str] = "", # of all songs, or of each: the words, or the name of a text file; "" is an instrumental
     seconds: float = 60.0, # length of new songs, 1 to 240; a changed song has its source's
     seed: int | Sequence[int] = 0, # of the first song, counting up from it; or one for each
     change: Change | None = None, # Retake, Resemble, Repaint, Extend or Edit: out of another song
@@ -120,10 +121,7 @@ def generate(
     stop: Callable[[], bool] = never, # asked before each look; True ends the songs where they are
 ) -> list[Audio]: # one per prompt, stereo at 44,100 Hz
     "Write songs, or change one. Text encoder, transformer and codec are opened one after the other and freed."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    lyrics = [lyrics] * len(prompts) if isinstance(lyrics, str) else list(lyrics)
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if not len(prompts) == len(lyrics) == len(seeds): raise MusiclabError(f"{len(lyrics)} lyrics and {len(seeds)} seeds for {len(prompts)} prompts", "generate", "Give one, or one for each")
+    prompts, lyrics, seeds = one_each(prompts, lyrics, seed)
     check(seconds, change)
     how = how or How()
     if low_vram: batch, how = 1, replace(how, together=False)
@@ -176,7 +174,7 @@ def change_of(
 def play(
     model: str | Path, # as in `generate`, like prompts, lyrics and seconds
     prompts: Sequence[str],
-    lyrics: str = "", # the text itself, or the name of a text file
+    lyrics: str = "",
     seconds: float = 60.0,
     start: Audio | None = None, # as in `change_of`, like the next six
     repaint: str = "",
@@ -204,7 +202,6 @@ def play(
     low_vram: bool = False,
 ) -> list[Audio]:
     "`generate` as a command line can say it: only numbers and texts."
-    lyrics = words_in(lyrics)
     change = change_of(start, repaint, extend, was, words_in(was_lyrics), resemble, variance)
     try: entries = [int(entry) for entry in str(oss).split(",") if entry]
     except ValueError: raise MusiclabError(f"{oss!r} is not a list of whole numbers", "oss", "Such as 16,29,52,96") from None

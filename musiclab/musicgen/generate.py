@@ -116,10 +116,8 @@ def generate(
     stop: Callable[[], bool] = lambda: False, # asked at each step; True ends the songs where they are
 ) -> list[Audio]: # one per prompt
     "Write songs. The three models are opened one after the other."
-    folder, prompts = fetch(model), [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    folder, (prompts, _, seeds) = fetch(model), one_each(prompts, seed=seed)
     device, rate = decoder.device if decoder else pick_device(device), read_config(folder).audio_encoder.frame_rate
-    if len(seeds) != len(prompts): raise MusiclabError(f"{len(seeds)} seeds for {len(prompts)} prompts", "seed", "Give one number, or one for each")
     if (frames := round(seconds * rate)) < 1: raise MusiclabError(f"a song of {seconds} s has no frame", "seconds", f"Give at least {1 / rate}")
     states, given = encode_texts(folder, prompts, device), encode_start(folder, start, device)
     decoder = decoder or open_decoder(folder, adapter, strength, device, pick_dtype(device, dtype), int8)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from musiclab import adapters, layers
 from musiclab.core import MusiclabError
 from musiclab.heartmula.checkpoint import RELEASE, Config, part_folder, read_weights, shapes, tiny_checkpoint
-from musiclab.heartmula.frames import FastModel, Writing, frames_of, length_of, write
+from musiclab.heartmula.fast import FastModel
+from musiclab.heartmula.frames import Writing, frames_of, length_of, write
 from musiclab.heartmula.model import LORA_TARGETS, HeartMuLa, open_lm, our_name, release_name, to_ours, to_release
 from musiclab.heartmula.prompts import Reader, as_rows
 from musiclab.sampling import Sampler

@@ -18,7 +18,8 @@ from musiclab.core import Draw, MusiclabError
 from musiclab.features import prepare
 from musiclab.heartmula.checkpoint import read_weights
 from musiclab.heartmula.data import GivenCodes, as_prompt, collate, example
-from musiclab.heartmula.frames import FastModel, Writing, write
+from musiclab.heartmula.fast import FastModel
+from musiclab.heartmula.frames import Writing, write
 from musiclab.heartmula.model import LORA_TARGETS, embed, formats, of_release, open_lm
 from musiclab.heartmula.settings import HeartMulaConfig
 from musiclab.heartmula.train import HeartMulaTask, batch_losses, merge

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from musiclab.core import prepare_imports
 from musiclab.heartmula.checkpoint import Config, Stack, write_model
-from musiclab.heartmula.frames import FastModel, Writing, write
+from musiclab.heartmula.fast import FastModel
+from musiclab.heartmula.frames import Writing, write
 from musiclab.heartmula.model import HeartMuLa, embed, halved, llama, losses, open_lm, our_name, paired, release_weights, to_ours
 from musiclab.heartmula.prompts import Prompt, Reader, as_rows
 from musiclab.sampling import Sampler
