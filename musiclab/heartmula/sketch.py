@@ -6,7 +6,6 @@ __all__ = ['RATE', 'WINDOW', 'HOP', 'BANDS', 'COLUMNS', 'frames_of_sound', 'wave
 # %% ../../nbs/3_heartmula/35a_sketch.ipynb #b58fd8d7
 from collections.abc import Sequence
 from dataclasses import dataclass
-import numpy as np
 import torch
 from torch import Tensor
 from ..audio import Audio

@@ -18,6 +18,7 @@ from .decoder import Decoding, FastDecoder
 from .model import open_lm, pad_states, text_states
 from .sampling import generate_tokens
 from ..sampling import Sampler
+from ..task import one_each
 
 # %% ../../nbs/1_musicgen/14c_generate.ipynb #1c693323
 def encode_texts(
