@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'recompute', 'seeded', 'processes', 'wrap', 'put_weights', 'begin_with', 'build', 'Engine', 'total',
            'agreed', 'autocast', 'hold_gradients', 'update', 'means', 'block_norms', 'tell', 'apply_gradients',
-           'evaluate', 'sample', 'at_strength', 'engine_state', 'load_engine_state']
+           'averaged', 'evaluate', 'sample', 'at_strength', 'engine_state', 'load_engine_state']
 
 # %% ../nbs/0_shared/10c_engine.ipynb #e0793e25
 from contextlib import contextmanager, nullcontext
@@ -256,6 +256,18 @@ def apply_gradients(engine: Engine, step: int, rows: list[str]) -> dict: # grad_
     return {"grad_norm": norm, "lr": lr} | blocks | ({} if finite else {"skipped": bad})
 
 # %% ../nbs/0_shared/10c_engine.ipynb #9cc5aa93
+@contextmanager
+def averaged(
+    engine: Engine,
+):
+    "For as long as the context lasts, the model has its averaged weights, where it keeps any. All processes must call it together."
+    sharded = [module for module in engine.door.modules() if hasattr(module, "reshard")]
+    def forget(): [module.reshard() for module in sharded] # what FSDP has put together does not notice when its slices change
+    with engine.ema.applied() if engine.ema else nullcontext():
+        forget()
+        try: yield
+        finally: forget()
+
 @torch.no_grad()
 def evaluate(
     engine: Engine,
@@ -266,7 +278,7 @@ def evaluate(
     engine.door.eval()
     sums = {(i, part): 0.0 for i in range(len(task.probes)) for part in task.parts}
     counts = dict(sums)
-    with engine.ema.applied() if engine.ema else nullcontext():
+    with averaged(engine):
         for batch, draws, counted in rounds:
             batch = batch.to(engine.device)
             for i, probe in enumerate(task.probes):
@@ -290,10 +302,9 @@ def sample(
 ) -> list: # Audio or Song, one per prompt; None on processes other than the first
     "Let the model play. All processes must call it together."
     engine.door.eval()
-    sharded = [m for m in engine.door.modules() if hasattr(m, "unshard")] if engine.strategy == "fsdp" else []
-    for module in sharded: module.unshard() # a decode loop reads weights itself, so all of them must be whole
-    with engine.ema.applied() if engine.ema else nullcontext(), autocast(engine): raw = engine.door(engine.task.sample, rows, at)
-    for module in sharded: module.reshard()
+    with averaged(engine), autocast(engine):
+        [m.unshard() for m in engine.door.modules() if hasattr(m, "unshard")] # a decode loop reads weights itself, so all of them must be whole
+        raw = engine.door(engine.task.sample, rows, at)
     return engine.task.decode(raw) if engine.rank == 0 else None
 
 # %% ../nbs/0_shared/10c_engine.ipynb #49feb73c

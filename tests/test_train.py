@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from musiclab import adapters
 from musiclab.core import MusiclabError
+from musiclab.engine import wrap
 from musiclab.log import read_log
+from musiclab.task import At, Step
 from musiclab.train import fit
 from tests.toy import Toy, server, settings, songs
 
@@ -68,7 +71,8 @@ def one_of_two(rank, port, output, changes, results):
     config = settings(output, **changes)
     made = fit(Toy(config, 0.0), tracks[:5], tracks[5:], config)
     kinds = {type(p.data).__name__ for p in made.engine.model.parameters() if p.requires_grad}
-    results.put((rank, kinds, [r["loss"] for r in made.history if "grad_norm" in r] if rank == 0 else None))
+    before = made.sample(["la"], seconds=3, strength=0.0)
+    results.put((rank, kinds, [r["loss"] for r in made.history if "grad_norm" in r] if rank == 0 else None, before and before[0].samples))
     torch.distributed.destroy_process_group()
 
 
@@ -85,18 +89,29 @@ def two_processes(output, **changes):
     return answers
 
 
-@pytest.mark.parametrize("strategy, quantize", [("ddp", "int8"), ("fsdp", None)])
-def test_two_processes_learn_what_one_learns(tmp_path, strategy, quantize):
-    if quantize: pytest.importorskip("torchao")
-    alone = run_with(tmp_path / "alone", batch_size=4, quantize=quantize)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(tmp_path, strategy):
+    alone = run_with(tmp_path / "alone", batch_size=4)
     losses = [r["loss"] for r in read_log(tmp_path / "alone/logs/log.jsonl") if "grad_norm" in r]
-    changes = dict(batch_size=2, strategy=strategy, quantize=quantize, sample_prompts=["la"], sample_seconds=3)
-    answers = two_processes(tmp_path / "two", dropout=0.0, max_steps=3, **changes)
-    assert all(("DTensor" in kinds) == (strategy == "fsdp") for _, kinds, _ in answers)
+    answers = two_processes(tmp_path / "two", dropout=0.0, max_steps=3, batch_size=2, strategy=strategy, sample_prompts=["la"], sample_seconds=3)
+    assert all(("DTensor" in kinds) == (strategy == "fsdp") for _, kinds, *_ in answers)
+    task = Toy(settings(tmp_path), 0.0)
+    first = task.load("cpu", torch.float32, None).requires_grad_(False)
+    assert np.array_equal(answers[0][3], task.decode(task.sample(first, [{}], At(seconds=3)))[0].samples) # the head is trained whole, and the adapter is off
     assert answers[0][2] == pytest.approx(losses, abs=1e-5)
     together = weights(tmp_path / "two", 3)
     assert alone.keys() == together.keys() and all(torch.allclose(alone[k], together[k], atol=1e-5) for k in alone)
     assert (tmp_path / "two/samples/step-00000003/00.wav").exists()
+
+
+def test_a_quantised_base_is_shared_among_processes(tmp_path):
+    pytest.importorskip("torchao")
+    net = Toy(settings(tmp_path), 0.0).load("cpu", torch.float32, "int8")
+    adapters.attach(net, r"blocks\.\d+\.[03]", rank=2, alpha=2)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try: assert isinstance(wrap(Step(net), [], "ddp", torch.device("cpu")), torch.nn.parallel.DistributedDataParallel)
+    finally: torch.distributed.destroy_process_group()
+    with pytest.raises(MusiclabError, match="cannot be cut"): settings(tmp_path, quantize="int8", strategy="fsdp")
 
 
 def test_a_sharded_run_goes_on_alone(tmp_path):
