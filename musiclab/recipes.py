@@ -191,7 +191,7 @@ def train(
         config = config.model_copy(update={"output": str(Path(config.output)/"debug"), "resume": "latest"})
         if os.environ.get("RANK", "0") == "0": shutil.rmtree(config.output, ignore_errors=True) # of an earlier look
     run = fit(look_up(family(config.task).task)(config), train, valid, config)
-    if config.debug and run.log: print(f"The first batch: {batch_page(run.folder)}")
+    if config.debug and run.log and (run.folder/"first_batch").is_dir(): print(f"The first batch: {batch_page(run.folder)}")
     return run
 
 def batch_page(
@@ -199,7 +199,7 @@ def batch_page(
 ) -> Path: # the HTML file
     "A page with the examples of the first batch."
     from musiclab import audio, midi, show
-    pieces = sorted((folder/"first_batch").iterdir()) if (folder/"first_batch").is_dir() else []
+    pieces = sorted((folder/"first_batch").iterdir())
     songs = {path.stem: midi.read(path) for path in pieces if path.suffix == ".mid"}
     shown = [show.roll(song, name) for name, song in songs.items() if song.end]
     return show.save(folder/"first_batch.html", "The first batch", [*shown, *(show.player(audio.load(path), path.stem) for path in pieces if path.suffix == ".wav")])

@@ -149,7 +149,7 @@ def row_track(
     if isinstance(values["tokens"], list): values["tokens"] = Source.of(values["tokens"])
     source, tokens = place(values["audio"]), place(values["tokens"])
     if source is None and tokens is None:
-        raise MusiclabError("names no sound", fix=f"Its columns are {', '.join(row)}: say which one does, columns={{'audio': '…'}}")
+        raise MusiclabError("names neither a sound nor tokens", fix=f"Its columns are {', '.join(row)}: say which one does, columns={{'audio': '…'}}")
     words = words_of(values)
     extra = {name: value for name, value in row.items() if name not in used and is_simple(value)}
     if captions := words.pop("captions"): extra["captions"] = captions

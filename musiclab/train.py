@@ -225,7 +225,7 @@ def gather(task: Task, train: Tracks, valid: Tracks, config: TrainConfig, device
     train, valid = both.select(i for i in prepared.kept if i < sides), both.select(i for i in prepared.kept if i >= sides)
     if rank == 0:
         for problem in prepared.problems: print(f"left out {problem}")
-    if not len(train): raise MusiclabError("no track is left to train on", config.data, "See the reasons above, or run: musiclab data check")
+    if not len(train): raise MusiclabError("no track is left to train on", "data", "See the reasons above, or run: musiclab data check")
     return train, valid, prepared
 
 # %% ../nbs/0_shared/11_train.ipynb #237b14b2
