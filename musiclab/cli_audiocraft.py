@@ -25,8 +25,10 @@ def prepare(
     Example: `musiclab audiocraft prepare my_songs crafted`
     """
     from musiclab import data
+    from musiclab.core import check_new
     from musiclab.tracks import MIDI_SUFFIXES
     from musiclab.musicgen import audiocraft
+    check_new(out) # before all songs are decoded
     report = data.check(data.read(where), decode=True)
     for problem in report.problems: typer.echo(f"left out {problem}", err=True)
     sounds = [row for row, track in enumerate(report.tracks) if track.source and track.source.suffix not in MIDI_SUFFIXES]

@@ -7,6 +7,7 @@ __all__ = ['heartmula_app', 'Device', 'tokenize', 'decode', 'stream']
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from .commands_data import known_layout
 
 # %% ../nbs/5_tools/50f_commands_heartmula.ipynb #da5d01bd
 heartmula_app = typer.Typer(no_args_is_help=True, help="Songs with lyrics as tokens: your music to tokens, and tokens to sound.")
@@ -40,6 +41,7 @@ def tokenize(
     from musiclab.heartmula.codec_files import codec_config, identity, open_tokenizer, partner
     encoder, chosen = encoder or PARTS["encoder"].home, pick_device(device)
     if out:
+        known_layout(to)
         count, problems = module.tokenize_data(where, out, module.Tokens(encoder, codec), store or home()/"features", chosen, sound, to)
         text = f"wrote {count} tracks with tokens to {out}"
     else:

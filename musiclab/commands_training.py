@@ -12,12 +12,15 @@ Config = Annotated[str, typer.Argument(help="A configuration file, the name of a
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the file, such as lr=1e-4 or --learning_rate=1e-4.")]
 FREE = {"ignore_unknown_options": True} # --key=value is a setting, too
 
-def ended(run) -> None: # musiclab.train.Run
+def ended(
+    run, # musiclab.train.Run
+    result: str | None = None, # where it is, in words
+) -> None:
     "Say how a run ended, and leave with the status that belongs to it."
-    if run.stopped:
+    if run.stopped and run.step < run.total:
         typer.echo(f"stopped by {run.stopped} after step {run.step} of {run.total}; the same command goes on from there")
         raise typer.Exit(128 + {"SIGINT": 2, "SIGTERM": 15}.get(run.stopped, -128))
-    if run.log: typer.echo(f"done: {run.step} steps, results in {run.folder}")
+    if run.log: typer.echo(f"done: {run.step} steps, {result or f'results in {run.folder}'}")
 
 def warn(chosen) -> None: # the settings
     "Say beforehand when a training would not fit into this machine's card."

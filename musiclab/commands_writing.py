@@ -4,10 +4,12 @@
 __all__ = ['train', 'wish_of', 'written', 'filled', 'generate']
 
 # %% ../nbs/5_tools/50c_commands_writing.ipynb #bd28ab0f
+import re
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .commands_museformer import museformer_app
+from .commands_training import ended
 from .core import MusiclabError
 
 # %% ../nbs/5_tools/50c_commands_writing.ipynb #f6470b3f
@@ -46,17 +48,14 @@ def train(
         trackers=["tensorboard"] + ["wandb"] * bool(wandb_project), project=wandb_project or "musiclab", resume=resume or "latest", debug=debug, limit_batches=limit_batches,
         strategy="fsdp" if fsdp else "ddp" if distributed else "auto", cache=data_mode != "token"), setting or [], MuseFormerConfig)
     run = recipes.train(chosen)
-    if run.stopped:
-        typer.echo(f"stopped by {run.stopped} after step {run.step} of {run.total}; the same command goes on from there")
-        raise typer.Exit(128 + {"SIGINT": 2, "SIGTERM": 15}.get(run.stopped, -128))
-    if run.log: typer.echo(f"done: {run.step} steps, the best model is {run.folder/'best_model.pt'}")
+    ended(run, f"the best model is {run.folder/'best_model.pt'}")
 
 # %% ../nbs/5_tools/50c_commands_writing.ipynb #6549ee1b
 def wish_of(bars: int | None, parts: str | None, meter: str | None, tempo: int | None, chords: str | None): # musiclab.museformer.generate.Wish
     "A wish from the options of the command line."
     from musiclab.museformer.generate import Wish
-    try: pair = tuple(map(int, meter.split("/"))) if meter else None
-    except ValueError: raise MusiclabError(f"no such time signature: {meter}", "--meter", "Write it as in 3/4") from None
+    if meter and not re.fullmatch(r"\d+/\d+", meter): raise MusiclabError(f"no such time signature: {meter}", "--meter", "Write it as in 3/4")
+    pair = tuple(map(int, meter.split("/"))) if meter else None
     players = [who if who == "drums" else int(who) if who.isdigit() else -1 for who in parts.split(",")] if parts else None
     return Wish(bars, players, pair, tempo, chords.split(",") if chords else None)
 
@@ -74,11 +73,14 @@ def filled(model: Path, start: Path | None, who: str, bars: str, count: int, dev
     from musiclab.museformer.infill import infill
     from musiclab.museformer.tokenizer import HIDTokenizerV2
     from musiclab.museformer.train import open_model
+    from musiclab.museformer.vocabulary import annotate
     if start is None: raise MusiclabError("needs a piece", "--fill", "Give it with --continue")
     first, _, last = bars.partition("-")
     if not (first.isdigit() and (last or first).isdigit()): raise MusiclabError(f"no such bars: {bars}", "--fill-bars", "Write them as in 5-8")
-    chosen = part_number(who if who == "drums" else int(who) if who.isdigit() else -1)
-    pieces = infill(open_model(model, pick_device(device)), HIDTokenizerV2().encode(read(start)), chosen, range(int(first) - 1, int(last or first)), count, **sampling)
+    chosen, ids = part_number(who if who == "drums" else int(who) if who.isdigit() else -1), HIDTokenizerV2().encode(read(start))
+    wanted, there = range(int(first) - 1, int(last or first)), int(annotate(ids)["bar"].max()) + 1
+    if not wanted or wanted[0] < 0 or wanted[-1] >= there: raise MusiclabError(f"no such bars: {bars}", "--fill-bars", f"The piece has bars 1 to {there}")
+    pieces = infill(open_model(model, pick_device(device)), ids, chosen, wanted, count, **sampling)
     return [HIDTokenizerV2().song(ids) for ids in pieces]
 
 # %% ../nbs/5_tools/50c_commands_writing.ipynb #30379ba4
@@ -91,7 +93,7 @@ def generate(
     bars: Annotated[Optional[int], typer.Option(min=1, help="Bars of the piece, those of the start included.")] = None,
     parts: Annotated[Optional[str], typer.Option(help="Who may play: programs 0 to 127 and drums, such as 0,33,drums; 0,0 are two pianos.")] = None,
     meter: Annotated[Optional[str], typer.Option(help="Such as 3/4.")] = None,
-    tempo: Annotated[Optional[int], typer.Option(help="Quarters per minute.")] = None,
+    tempo: Annotated[Optional[int], typer.Option(min=1, help="Quarters per minute.")] = None,
     chords: Annotated[Optional[str], typer.Option(help="One per bar, again and again: C:maj,A:min7,F:maj,G:7.")] = None,
     fill: Annotated[Optional[str], typer.Option(help="Write this part (a program, or drums) of the start anew, in --fill-bars.")] = None,
     fill_bars: Annotated[str, typer.Option(help="Which bars, from 1: 5-8.")] = "1-4",
@@ -111,6 +113,7 @@ def generate(
     `musiclab museformer generate --model output --continue mine.mid --fill drums --fill-bars 5-8 --out filled.mid`
     """
     from musiclab.museformer.generate import write_song
+    if start and start.resolve() == out.resolve(): raise MusiclabError("is the piece that is gone on from", out, "Give another name to --out")
     settings = {name: value for name, value in locals().items() if isinstance(value, (str, int, float, Path)) and name != "out"}
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
     pieces = filled(model, start, fill, fill_bars, count, device, **sampling) if fill else written(

@@ -173,11 +173,12 @@ FOREIGN = {"os error 28": errno.ENOSPC, "os error 122": errno.EDQUOT, "inline_co
 @contextmanager
 def named_errors(
     path: str | Path, # what is being written
+    beside: str | Path = "", # under which name, meanwhile
 ):
     "Whatever the disk refuses inside is an `OSError` that names `path`."
     try: yield
     except OSError as error:
-        if error.filename is None: error.filename = str(path)
+        if error.filename in (None, str(beside)): error.filename = str(path)
         raise
     except Exception as error:
         code = next((code for mark, code in FOREIGN.items() if mark in str(error)), None)
@@ -194,10 +195,11 @@ def atomic_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.urandom(4).hex()}.part{path.suffix}") # same suffix: some writers choose the format by it
     try:
-        with named_errors(path): yield beside
-        beside.chmod(0o600 | path.parent.stat().st_mode & 0o044) # safetensors makes its files private
-        sync(beside)
-        os.replace(beside, path)
+        with named_errors(path, beside):
+            yield beside
+            beside.chmod(0o600 | path.parent.stat().st_mode & 0o044) # safetensors makes its files private
+            sync(beside)
+            os.replace(beside, path)
         sync(path.parent)
     finally: beside.unlink(missing_ok=True)
 
@@ -211,9 +213,9 @@ def atomic_write(
 # %% ../nbs/0_shared/00_core.ipynb #d3fe2541
 @contextmanager
 def atomic_folder(
-    path: str | Path, # the folder to be made; one of that name is replaced
+    path: str | Path, # the folder to be made; an earlier version of it is replaced
 ):
-    "Gives an empty folder beside `path` to fill; at the end it is named `path`. On an error nothing is left of it."
+    "Gives an empty folder beside `path` to fill; at the end it is named `path`. On an error nothing is left of it. A folder that holds anything else is not replaced: MusiclabError."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -226,6 +228,9 @@ def atomic_folder(
             sync(inside)
         sync(beside)
         if path.exists(): # a folder cannot be renamed over a full one: the old one steps aside first
+            there = sorted(os.listdir(path)) if path.is_dir() else [path.name]
+            if other := [name for name in there if not (beside/name).exists()]: # somebody's songs are no earlier version of a checkpoint
+                raise MusiclabError(f"exists already and holds other things: {', '.join(other[:3])}{' …' * (len(other) > 3)}", path, "Choose a new folder")
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, aside/"old")
             os.replace(beside, path)

@@ -62,6 +62,7 @@ def play(
     trained, out = result_in(adapter) if adapter else None, Path(out)
     if trained and (trained/"state.json").is_file():
         raise MusiclabError("was trained as a whole, so it is no adapter", adapter, f"Make a model of it: musiclab export {adapter} my-model --to merged; then give --model my-model")
+    if start and Path(start).resolve() == out.resolve(): raise MusiclabError("is the piece that is gone on from", out, "Give another name to --out")
     model = model or (made_for(trained)[0] if trained else "") or DEFAULT
     found = family_of(fetch(model))
     make = look_up(found.generate)

@@ -185,6 +185,8 @@ def train(
 ): # musiclab.train.Run
     "Train as a configuration says. With debug in `OUTPUT/debug`, beside whatever was trained there, and with a page about the first batch."
     from musiclab.train import fit
+    if isinstance(config.data, str) and os.path.isdir(config.data) and Path(config.output).resolve().is_relative_to(Path(config.data).resolve()):
+        raise MusiclabError("lies in the folder of songs, where its sounds would be songs the next time", config.output, "Choose an output folder elsewhere")
     train, valid = read_data(config) # first: a mistyped folder should not cost the download of a model
     say(*overview(train, valid, words=look_up(family(config.task).read) is read_tracks))
     if config.debug:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import MusiclabError, Problem, atomic_write
+from ..files import decode_text
 from ..features import Prepared, input_id, inputs_of, place_all
 from ..midi import MidiError, read
 from .tokenizer import HIDTokenizerV2
@@ -23,7 +24,7 @@ from ..tracks import MIDI_SUFFIXES, Source, Track
 
 # %% ../../nbs/4_museformer/43_preprocess.ipynb #9f875d1d
 def find_files(
-    where: str | Path, # a folder, or a text file with one path per line (relative ones start at its folder)
+    where: str | Path, # a folder, a MIDI file, or a text file with one path per line (relative ones start at its folder)
     limit: int | None = None, # only the first so many
     shard: int = 0, num_shards: int = 1, # only number `shard` of every `num_shards`
 ) -> list[Track]: # in the order of their names, or of the list; the key is the path as it was given
@@ -31,10 +32,11 @@ def find_files(
     where = Path(where)
     if not where.exists(): raise MusiclabError("no such folder or list of files", where)
     if not 0 <= shard < num_shards: raise MusiclabError(f"shard {shard} of {num_shards}", "--shard", "Shards are counted from 0")
-    if where.is_dir():
+    if where.suffix.lower() in MIDI_SUFFIXES: names = [(where.name, where)]
+    elif where.is_dir():
         paths = sorted(Path(folder)/name for folder, _, names in os.walk(where) for name in names if os.path.splitext(name)[1].lower() in MIDI_SUFFIXES)
         names = [(path.relative_to(where).as_posix(), path) for path in paths]
-    else: names = [(line, where.parent/line) for line in where.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else: names = [(line, where.parent/line) for line in decode_text(where.read_bytes(), where=where).splitlines() if line.strip()]
     if not names: raise MusiclabError("no MIDI files", where, f"They end in {', '.join(sorted(MIDI_SUFFIXES))}")
     return [Track(name, Source.of(path)) for name, path in names[:limit][shard::num_shards]]
 
