@@ -317,13 +317,12 @@ def merge_result(
     model: nn.Module, # as the training found it, not quantised
     result: str | Path, # an adapter, or a checkpoint of a full fine-tune
     formats: Mapping[str, Format] = {}, # of the model's family, for files of other tools
-    strength: float = 1.0, # of an adapter
+    strength: float = 1.0, # of what was trained: half of it lies half-way between the two models
 ) -> nn.Module: # the same model
     "Put what was trained into the weights."
     whole = Path(result)/"trained.safetensors"
     if not whole.is_file():
         load(model, result, formats, strength=strength)
         return merge(model)
-    if strength != 1: raise MusiclabError("a model that was trained whole has no strength", "strength", "Leave it at 1")
-    load_modules(model, whole)
+    load_modules(model, whole, strength)
     return model

@@ -223,7 +223,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="The new file or folder.")],
     to: Annotated[str, typer.Option("--to", "--format", help="peft (a folder), file (one .safetensors with alpha in its header), merged (a whole model); ACE-Step also upstream, diffusers, comfyui; HeartMuLa heartlib.")] = "file",
     model: Annotated[Optional[str], typer.Option(help="The base model; by default the one the adapter names. Needed for merged.")] = None,
-    strength: Annotated[float, typer.Option(help="With merged: how much of the adapter goes in.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="With merged: how much of what was trained goes in.")] = 1.0,
 ):
     """Write an adapter in another form, or a whole model with the adapter in it.
 

@@ -250,7 +250,7 @@ def export(
     out: str | Path, # the new file or folder
     to: str = "file", # "file", "peft" or "merged"; or a tool that reads the family's adapters, such as "comfyui"
     model: str | None = None, # the base model; None takes the one that the result names
-    strength: float = 1.0, # with merged: how much of the adapter
+    strength: float = 1.0, # with merged: how much of what was trained
 ) -> Path: # what was written
     "Write an adapter in another form, or a whole model with what was trained in it."
     from musiclab import adapters
