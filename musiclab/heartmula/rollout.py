@@ -11,7 +11,7 @@ from ..core import Draw, seed_from
 from .model import PORTION, HeartMuLa, losses
 from ..task import Batch
 
-# %% ../../nbs/3_heartmula/37a_rollout.ipynb #fb8ca533
+# %% ../../nbs/3_heartmula/37a_rollout.ipynb #e6405967
 def own_codes(
     model: HeartMuLa,
     hidden: Tensor, # [n, width]: thoughts before frames
@@ -22,12 +22,13 @@ def own_codes(
     c, books = model.config, model.config.codebooks
     codes = torch.zeros(len(hidden), books, dtype=torch.long, device=hidden.device)
     for k in range(books):
-        rare = torch.cat([hidden.new_empty(n, c.card, dtype=torch.float32).exponential_(generator=g) for n, g in zip(sizes, noise)])
-        for h, row, chance in zip(hidden.split(PORTION), codes.split(PORTION), rare.split(PORTION)):
+        rare = [hidden.new_empty(n, c.card, dtype=torch.float32).exponential_(generator=g) for n, g in zip(sizes, noise)]
+        for h, row, chance in zip(hidden.split(PORTION), codes.split(PORTION), torch.cat(rare).split(PORTION)):
             logits = model.codebook0_head(h) if k == 0 else model.spell(h, row[:, :k + 1])[:, -1]
             row[:, k] = (logits[:, :c.card].float() - chance.log()).argmax(-1)
     return codes
 
+# %% ../../nbs/3_heartmula/37a_rollout.ipynb #55fb3368
 @torch.no_grad()
 def own_frames(
     model: HeartMuLa,
@@ -40,7 +41,8 @@ def own_frames(
 ) -> Tensor: # as `tokens`
     "Replace frames by what the model would have written in their place."
     before = model.hidden(tokens, counts, slots, untold)[:, :-1][replaced[:, 1:]]
-    noise = [torch.Generator(tokens.device).manual_seed(seed_from(draw.seed, draw.epoch, draw.key, "rollout")) for draw in draws]
+    seeds = [seed_from(draw.seed, draw.epoch, draw.key, "rollout") for draw in draws]
+    noise = [torch.Generator(tokens.device).manual_seed(seed) for seed in seeds]
     mixed = tokens.clone()
     mixed[..., :-1][replaced] = own_codes(model, before, noise, replaced.sum(1).tolist())
     return mixed
@@ -61,12 +63,12 @@ def drift(
     batch: Batch, # of `collate`
     draws: Sequence[Draw], # the chance of each song
     depth: int = 4, # rounds
-) -> list[float]: # depth + 1 losses: nats per token, the mean over codebooks
+) -> list[list[float]]: # for each of depth + 1 inputs: nats per token of each codebook
     "The loss of true songs after inputs that are more and more the model's own."
     tokens, here, curve = batch["tokens"], batch["frames"][:, 1:], []
     for _ in range(depth + 1):
         before = model.hidden(tokens, batch["counts"], batch["slots"])[:, :-1][here]
         sums = losses(model, before, batch["tokens"][:, 1:, :-1][here])
-        curve.append((sums / len(before)).mean().item())
+        curve.append((sums / len(before)).tolist())
         tokens = own_frames(model, tokens, batch["counts"], batch["slots"], batch["frames"], draws)
     return curve
