@@ -12,7 +12,7 @@ from ..core import MusiclabError
 from .checkpoint import part_folder
 from ..weights import read_json
 
-# %% ../../nbs/3_heartmula/34_prompts.ipynb #f7621fda
+# %% ../../nbs/3_heartmula/34_prompts.ipynb #510625ca
 @dataclass(frozen=True)
 class Prompt:
     "What the model is told, as numbers."
@@ -25,15 +25,15 @@ class Reader:
         model: str | Path, # a HeartMuLa checkpoint, or its name on the hub
     ):
         from tokenizers import Tokenizer
-        folder = part_folder(model, "text")
-        try: self.tokenizer = Tokenizer.from_file(str(folder/"tokenizer.json"))
-        except Exception as error: raise MusiclabError(f"the tokenizer cannot be read ({error})", folder/"tokenizer.json", "Download HeartMuLaGen again") from None
-        self.special = read_json(folder/"gen_config.json")
+        file = part_folder(model, "text")/"tokenizer.json"
+        try: self.tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error: raise MusiclabError(f"the tokenizer cannot be read ({error})", file, "Download HeartMuLaGen again") from None
+        self.special = read_json(file.with_name("gen_config.json"))
 
     def encode(self,
-        text: str,
-    ) -> list[int]:
-        "A text between its beginning and its end."
+        text: str, # tags or lyrics
+    ) -> list[int]: # ids of its pieces
+        "A text in lower case, between its beginning and its end."
         begin, end = self.special["text_bos_id"], self.special["text_eos_id"]
         ids = self.tokenizer.encode(text.lower()).ids
         return [begin] * (ids[:1] != [begin]) + ids + [end] * (ids[-1:] != [end])
