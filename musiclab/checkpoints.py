@@ -5,12 +5,12 @@ __all__ = ['FIXED', 'FREE', 'write_manifest', 'verify', 'Checkpoints', 'size_of'
            'check_settings', 'resume_point', 'Stop']
 
 # %% ../nbs/0_shared/10_checkpoints.ipynb #1d9b009b
-import errno, json, shutil, signal, tempfile, threading, time
+import errno, json, shutil, signal, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 from .config import TrainConfig
-from .core import MusiclabError, Problem, atomic_folder, atomic_write, sha256
+from .core import MusiclabError, Problem, atomic_folder, atomic_write, check_writable, sha256
 
 # %% ../nbs/0_shared/10_checkpoints.ipynb #e493624f
 def write_manifest(
@@ -150,12 +150,8 @@ def resume_point(
     speak: bool = True, # say what was found; of several processes one does
 ) -> tuple[Path | None, dict]: # the checkpoint and its state; None and step 0 for a new run
     "Where a run begins. An output folder that cannot be written to is an error."
-    folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise MusiclabError(f"cannot be written to ({error.strerror})", folder, "Choose another output folder") from error
-    found = find_checkpoint(config, Checkpoints(folder/"checkpoints", config.keep))
+    check_writable(config.output)
+    found = find_checkpoint(config, Checkpoints(Path(config.output)/"checkpoints", config.keep))
     if found is None: return None, {"step": 0}
     state = json.loads((found/"state.json").read_text())
     notes = check_settings(state["config"], config.model_dump(mode="json"), found)

@@ -10,7 +10,7 @@ import difflib, importlib, json, os, shutil, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from .core import MusiclabError, fetch, ready_files
+from .core import MusiclabError, check_writable, fetch, ready_files
 
 # %% ../nbs/5_tools/50_recipes.ipynb #15fa1dd9
 def look_up(
@@ -187,6 +187,7 @@ def train(
     from musiclab.train import fit
     if isinstance(config.data, str) and os.path.isdir(config.data) and Path(config.output).resolve().is_relative_to(Path(config.data).resolve()):
         raise MusiclabError("lies in the folder of songs, where its sounds would be songs the next time", config.output, "Choose an output folder elsewhere")
+    check_writable(config.output) # before all songs are read
     train, valid = read_data(config) # first: a mistyped folder should not cost the download of a model
     say(*overview(train, valid, words=look_up(family(config.task).read) is read_tracks))
     if config.debug:
