@@ -237,6 +237,7 @@ def atomic_folder(
         sync(path.parent)
     finally: shutil.rmtree(beside, ignore_errors=True)
 
+# %% ../nbs/0_shared/00_core.ipynb #5dbe6c97
 def check_new(
     path: str | Path, # a folder that is to be made
 ) -> None:

@@ -12,9 +12,10 @@ from . import config as settings
 from .ace_step.settings import AceStepConfig
 from .audio import AUDIO_SUFFIXES
 from .core import MusiclabError, Problem, atomic_folder, prepare_imports, ready_files
-from .files import decode_text
+from .files import decode_text, split_tags
 from .migration import FLAGS
 from .readers import beside, read
+from .simpletuner_data import is_of
 from .tracks import file_bytes
 
 # %% ../nbs/5_tools/54b_upstream.ipynb #82da50b3
@@ -31,7 +32,7 @@ def song_rows(
         if not texts["prompt"]: problems.append(Problem(str(folder/name), f"{Path(name).stem}_prompt.txt is missing")); continue
         try: prompt, lyrics = (decode_text(file_bytes(path), where=path) if path else "" for path in texts.values())
         except MusiclabError as error: problems.append(Problem.of(error, folder/name)); continue
-        rows.append({"keys": Path(name).stem, "filename": str(folder/name), "tags": [tag.strip() for tag in prompt.split(",") if tag.strip()],
+        rows.append({"keys": Path(name).stem, "filename": str(folder/name), "tags": list(split_tags(prompt)),
                      "speaker_emb_path": "", "norm_lyrics": lyrics, "recaption": {}})
     stems = {Path(name).stem for name in songs}
     problems += [Problem(str(folder/name), "there is no sound of this name") for name in sorted(names) if (found := re.fullmatch(r"(.+)_(prompt|lyrics)\.txt", name)) and found[1] not in stems]
@@ -78,6 +79,7 @@ def read_lora(
     chosen = {LORA_WORDS[key]: value for key, value in values.items() if key in LORA_WORDS} | {"method": "rslora" if values.get("use_rslora") else "dora" if values.get("use_dora") else "lora"}
     chosen.setdefault("dropout", 0.0) # peft's default
     targets = values.get("target_modules")
+    if targets is not None and not is_of("a text or a list of texts", targets): raise MusiclabError(f"target_modules wants a text or a list of texts, got {targets!r}", path)
     if isinstance(targets, str): chosen["targets"] = targets
     elif targets: chosen["targets"] = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
     return chosen
@@ -104,6 +106,8 @@ def translate(
     chosen = {name: flags.get(name, flag.default) for name, flag in FLAGS.items()}
     if str(chosen["precision"]) not in PRECISIONS: raise MusiclabError(f"no such precision: {chosen['precision']}", "--precision", f"There are {', '.join(PRECISIONS)}")
     if chosen["gradient_clip_algorithm"] != "norm": raise MusiclabError("only the length of the whole gradient can be clipped", "--gradient_clip_algorithm", "Write norm")
+    for name in ("devices", "num_nodes", "accumulate_grad_batches"):
+        if chosen[name] < 1: raise MusiclabError(f"cannot be {chosen[name]}", f"--{name}", "Give 1 or more")
     plain = {name: chosen[name] for name in ("shift", "learning_rate", "num_workers", "every_n_train_steps", "accumulate_grad_batches", "gradient_clip_val", "every_plot_step", "val_check_interval")}
     found = {FLAGS[name].setting: value for name, value in plain.items()} | read_lora(chosen["lora_config_path"])
     folder = chosen["checkpoint_dir"]
