@@ -164,8 +164,9 @@ def generate(
     """Let a model play. The settings are written beside the sound.
 
     Examples:
-    `musiclab generate --adapter output --prompt "808 hip hop beat" --seconds 20 --out beat.wav`
-    `musiclab generate --model ACE-Step/ACE-Step-v1-3.5B --prompt "upbeat pop, female voice" --lyrics song.txt --seconds 120`
+
+    - `musiclab generate --adapter output --prompt "808 hip hop beat" --seconds 20 --out beat.wav`
+    - `musiclab generate --model ACE-Step/ACE-Step-v1-3.5B --prompt "upbeat pop, female voice" --lyrics song.txt --seconds 120`
     """
     given = dict(lyrics=lyrics, guidance=guidance, temperature=temperature, top_k=top_k, steps=steps, sampler=sampler, repaint=repaint, extend=extend,
                  was=was, was_lyrics=was_lyrics, resemble=resemble, variance=variance, low_vram=low_vram, int8=precision == "int8" or None)
@@ -190,8 +191,9 @@ def evaluate(
     """Compare generated with real music: figures, distances with their noise floor, before and after, copies, players, in one HTML file. Folders of MIDI files are compared by their notes.
 
     Examples:
-    `musiclab evaluate my_songs output/samples/step-00000400 --train my_songs/train --out report.html`
-    `musiclab evaluate my_midi_files pieces --model output --out report.html`
+
+    - `musiclab evaluate my_songs output/samples/step-00000400 --train my_songs/train --out report.html`
+    - `musiclab evaluate my_midi_files pieces --model output --out report.html`
     """
     from musiclab import report_notes
     typer.echo(report_notes.evaluate(reference, generated, out, before, train, embedder, model, seconds))

@@ -114,8 +114,9 @@ def convert(
     """Carry weights from transformers to AudioCraft and back, bit for bit.
 
     Examples:
-    `musiclab audiocraft convert facebook/musicgen-small start`
-    `musiclab audiocraft convert runs/full my-model --base facebook/musicgen-small`
+
+    - `musiclab audiocraft convert facebook/musicgen-small start`
+    - `musiclab audiocraft convert runs/full my-model --base facebook/musicgen-small`
     """
     from musiclab.musicgen.package import convert
     typer.echo(f"wrote {convert(source, out, base, state)}")

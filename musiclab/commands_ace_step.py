@@ -61,8 +61,9 @@ def trainer(
     """Train a LoRA for ACE-Step, with the flags of its own trainer. Started again, the same command goes on where it stopped.
 
     Examples:
-    `musiclab ace-step trainer --dataset_path ./zh_lora_dataset --exp_name my_style --precision bf16 --max_steps 2000`
-    `musiclab ace-step trainer --dataset_path ./zh_lora_dataset --devices 4` (starts torchrun)
+
+    - `musiclab ace-step trainer --dataset_path ./zh_lora_dataset --exp_name my_style --precision bf16 --max_steps 2000`
+    - `musiclab ace-step trainer --dataset_path ./zh_lora_dataset --devices 4` (starts torchrun)
     """
     flags = {name: value for name, value in locals().items() if name not in ("setting", "dry_run")}
     import os

@@ -32,8 +32,9 @@ def tokenize(
     """Make HeartCodec tokens of your songs: NAME.tokens.npy beside each. Started again, it goes on where it stopped.
 
     Examples:
-    `musiclab heartmula tokenize my_songs`
-    `musiclab heartmula tokenize my_songs --out my_tokens`
+
+    - `musiclab heartmula tokenize my_songs`
+    - `musiclab heartmula tokenize my_songs --out my_tokens`
     """
     from musiclab.core import home, pick_device
     from musiclab.heartmula import tokenize as module
@@ -69,8 +70,9 @@ def decode(
     """Make sound of HeartCodec tokens.
 
     Examples:
-    `musiclab heartmula decode song.tokens.npy`
-    `musiclab heartmula decode my_songs --out decoded --format mp3 --steps 5`
+
+    - `musiclab heartmula decode song.tokens.npy`
+    - `musiclab heartmula decode my_songs --out decoded --format mp3 --steps 5`
     """
     from musiclab.audio import WRITABLE
     from musiclab.core import MusiclabError, Problem, pick_device, pick_dtype
@@ -109,8 +111,9 @@ def stream(
     """Hear a song while it is being written: the first sound comes after some 7 seconds of it.
 
     Examples:
-    `musiclab heartmula stream --prompt "piano,happy" --lyrics song.txt --out song.wav`
-    `musiclab heartmula stream --prompt "techno,dark" --seconds 60 --out - | ffplay -nodisp -autoexit -`
+
+    - `musiclab heartmula stream --prompt "piano,happy" --lyrics song.txt --out song.wav`
+    - `musiclab heartmula stream --prompt "techno,dark" --seconds 60 --out - | ffplay -nodisp -autoexit -`
     """
     import sys, time
     began = time.monotonic()

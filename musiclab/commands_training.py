@@ -39,10 +39,11 @@ def train(
     """Fine-tune a model. Started again, the same command goes on where it stopped.
 
     Examples:
-    `musiclab train musicgen_lora data=my_songs output=runs/first`
-    `musiclab train config/musicgen_lora.yaml data=my_songs lr=1e-4 max_steps=500 --dry-run`
-    `musiclab train env=acestep-training-demo --init_lora=mine.safetensors` (SimpleTuner's files)
-    `accelerate launch -m musiclab.cli train musicgen_lora data=my_songs` (several cards)
+
+    - `musiclab train musicgen_lora data=my_songs output=runs/first`
+    - `musiclab train config/musicgen_lora.yaml data=my_songs lr=1e-4 max_steps=500 --dry-run`
+    - `musiclab train env=acestep-training-demo --init_lora=mine.safetensors` (SimpleTuner's files)
+    - `accelerate launch -m musiclab.cli train musicgen_lora data=my_songs` (several cards)
     """
     from musiclab import config as settings, recipes, simpletuner
     made = simpletuner.load(config, overrides or []) if simpletuner.is_one(config) else None

@@ -108,9 +108,10 @@ def generate(
     """Write music: from nothing, on from a MIDI file, or into its gaps.
 
     Examples:
-    `musiclab museformer generate --model output --bars 16 --tempo 96 --parts 0,33,drums --out new.mid`
-    `musiclab museformer generate --model output --continue mine.mid --bars 32 --out longer.mid`
-    `musiclab museformer generate --model output --continue mine.mid --fill drums --fill-bars 5-8 --out filled.mid`
+
+    - `musiclab museformer generate --model output --bars 16 --tempo 96 --parts 0,33,drums --out new.mid`
+    - `musiclab museformer generate --model output --continue mine.mid --bars 32 --out longer.mid`
+    - `musiclab museformer generate --model output --continue mine.mid --fill drums --fill-bars 5-8 --out filled.mid`
     """
     from musiclab.museformer.generate import write_song
     if start and start.resolve() == out.resolve(): raise MusiclabError("is the piece that is gone on from", out, "Give another name to --out")
